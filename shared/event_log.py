@@ -1,0 +1,337 @@
+"""The log protocol: create, claim, append, close, reap, release, read. The one rule: the log decides.
+
+A thin typed face over the Lua scripts (shared/lua), each one atomic step and safe to send twice.
+Knows nothing of the queue, of HTTP, or of what the events say. docs/protocol.md is the contract.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import orjson
+from redis.exceptions import OutOfMemoryError, ResponseError
+
+from shared import lua
+from shared.config import Settings
+from shared.errors import Conflict, Gone, NotFound, Unavailable
+from shared.events import Cancelled, Entry, Failed, Position, Queued, Status, Terminal, encode, outcome, parse_id
+from shared.prompt import Prompt
+from shared.redis import ALIVE_MS, Client, Keys
+
+OnDisconnect: TypeAlias = Literal["continue", "cancel"]
+MAX_RELEASES = 10
+ORDER_FIELDS = ["tenant", "model", "status", "created", "policy", "epoch", "fresh", "hints", "deleted", "metadata"]
+PAGE = 500  # entries of a log read in one round trip
+
+
+class Hint(NamedTuple):
+    """What the queue carries: this generation, at this epoch, wants a worker. `n` counts the hints sent for it."""
+
+    generation_id: str
+    epoch: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the order's hash says: who asked, and the copy of status and epoch the scripts keep there."""
+
+    id: str
+    tenant: str
+    model: str
+    status: Status
+    created_at: int  # Unix milliseconds
+    on_disconnect: OnDisconnect
+    epoch: int
+    fresh: int | None  # the epoch of the newest `fresh` attempt
+    hints: int
+    deleted: bool
+    metadata: dict[str, str]
+
+    @property
+    def ended(self) -> bool:
+        return self.status not in ("queued", "in_progress")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to write one attempt: `epoch` numbers its entries. `seconds_left` until the deadline."""
+
+    generation_id: str
+    epoch: int
+    attempt: int
+    model: str
+    provider: str
+    prompt: bytes
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Events `first_seq…` of one attempt; `final` is the status that the last of them, a terminal, ends it with.
+    With no events it only renews the lease (and shows a gap before `first_seq`)."""
+
+    generation_id: str
+    epoch: int
+    first_seq: int
+    events: Sequence[bytes] = ()
+    final: Status | None = None
+
+
+class Answer(NamedTuple):
+    """OK; GAP (`last` is the last seq the log has); FENCED, ABANDONED, GONE: not the writer any more."""
+
+    code: Literal["OK", "GAP", "FENCED", "ABANDONED", "GONE"]
+    last: int = -1
+
+
+def new_id() -> str:
+    """128 random bits."""
+    return secrets.token_hex(16)
+
+
+class EventLog:
+    """The logs and orders of one deployment. All methods raise redis' own errors when Redis is away."""
+
+    def __init__(self, redis: Client, settings: Settings) -> None:
+        self.redis = redis
+        self.keys = Keys(settings.key_prefix)
+        self._settings = settings
+        self._scripts = {name: redis.register_script(lua.source(name)) for name in lua.SCRIPTS if name != "enqueue"}
+        self._lease_ms = _ms(settings.lease_seconds)
+        self._log_ms = settings.log_retention_seconds * 1000
+        self._order_ms = settings.order_retention_seconds * 1000
+        self._claim_grace_ms = _ms(settings.claim_grace_seconds)
+        self._max_queue_ms = _ms(settings.max_queue_seconds)
+        self._abandon_ms = _ms(settings.disconnect_grace_seconds)
+
+    # --- the caller's side
+
+    async def create(
+        self,
+        generation_id: str,
+        *,
+        tenant: str,
+        provider: str,
+        prompt: Prompt,
+        on_disconnect: OnDisconnect = "continue",
+        options: dict[str, Any] | None = None,
+    ) -> bool:
+        """Write the order and entry `0-1`. True if this call wrote it, False if the same request had before.
+        `options` is kept for the dialect that asked; it is no part of what makes two requests the same.
+
+        Raises Conflict when the id stands for another request (an Idempotency-Key used twice) or was deleted;
+        Unavailable when Redis has no room left."""
+        fields = {
+            "tenant": tenant,
+            "model": prompt.model,
+            "provider": provider,
+            "prompt": prompt.to_json(),
+            "policy": on_disconnect,
+            "metadata": orjson.dumps(prompt.metadata or {}),
+            "options": orjson.dumps(options or {}),
+        }
+        request_hash = prompt.hash()
+        head = encode(Queued(prompt.model, 0)).removesuffix(b',"created_at":0}')
+        args: list[Any] = [generation_id, self.keys.push(generation_id), request_hash, head]
+        args += [self._claim_grace_ms, self._max_queue_ms, ALIVE_MS]
+        args += [self._abandon_ms if on_disconnect == "cancel" else ""]  # what an outage adds to it, too
+        args += [part for pair in fields.items() for part in pair]
+        reply = await self._run("create", self._keys_of(generation_id), args)
+        if reply[0] == b"CREATED":
+            return True
+        if reply[2]:
+            raise Conflict(
+                "this Idempotency-Key belongs to a generation that was deleted; use a new key", code="deleted"
+            )
+        if reply[1].decode() != request_hash:
+            raise Conflict(
+                "this Idempotency-Key was used with another request body; use a new key for a new request",
+                code="idempotency_conflict",
+            )
+        return False
+
+    async def close(self, generation_id: str, event: Terminal, *, held_at: int | None = None) -> Status:
+        """End a generation from outside its attempt; answers how it ended, also if it had before.
+
+        `held_at`: only if that epoch still holds it. Raises NotFound when there is no such order."""
+        head = encode(event).removesuffix(b"}")
+        args: list[Any] = [generation_id, self.keys.push(generation_id), outcome(event), head]
+        args += [self._log_ms, self._order_ms, self.keys.nudge, "" if held_at is None else held_at]
+        reply = await self._run("close", self._keys_of(generation_id), args)
+        if reply[0] == b"GONE":
+            raise NotFound(f"no generation {generation_id}")
+        return cast(Status, reply[1].decode()) if len(reply) > 1 else "in_progress"
+
+    async def delete(self, generation_id: str) -> None:
+        """Close if it runs, then erase log and prompt; a tombstone stays for the order's retention."""
+        await self.close(generation_id, Cancelled("delete"))
+        await self._run("erase", self._keys_of(generation_id)[:2], [self._order_ms])
+
+    async def attend(self, generation_ids: Iterable[str]) -> None:
+        """Say that somebody reads these; matters to orders with `on_disconnect: cancel`."""
+        ids = list(generation_ids)
+        for start in range(0, len(ids), PAGE):
+            async with self.redis.pipeline(transaction=False) as pipe:
+                for generation_id in ids[start : start + PAGE]:
+                    await self._scripts["attend"]([self.keys.order(generation_id)], [self._abandon_ms], client=pipe)
+                await pipe.execute()
+
+    # --- the worker's side
+
+    async def claim(self, hint: Hint, nonce: str, *, continues: str = "") -> Claim | None:
+        """Take the generation for one attempt, or None: the hint is stale, drop it. `nonce` makes a retry safe."""
+        args: list[Any] = [hint.generation_id, self.keys.push(hint.generation_id), hint.epoch, nonce, self._lease_ms]
+        args += [_ms(self._settings.max_generation_seconds), ALIVE_MS, self._log_ms, self._order_ms, continues]
+        reply = await self._run("claim", self._keys_of(hint.generation_id), args)
+        if reply[0] != b"OK":
+            return None
+        _, epoch, attempt, model, provider, prompt, left = reply
+        return Claim(
+            hint.generation_id, int(epoch), int(attempt), model.decode(), provider.decode(), prompt, int(left) / 1000
+        )
+
+    async def append(self, appends: Sequence[Append]) -> list[Answer]:
+        """Append to many generations in one step, in the order given. Sending the same events again is harmless."""
+        keys = [key for one in appends for key in self._keys_of(one.generation_id)]
+        args: list[Any] = [self._lease_ms, ALIVE_MS, self._log_ms, self._order_ms]
+        for one in appends:
+            args += [one.generation_id, self.keys.push(one.generation_id), one.epoch, one.first_seq]
+            args += [one.final or "", len(one.events), *one.events]
+        replies = await self._run("append", keys, args)
+        return [Answer(reply[0].decode(), *reply[1:]) for reply in replies]
+
+    async def release(self, generation_id: str, epoch: int) -> Hint | None:
+        """Hand over what this worker cannot finish. Answers the hint to send, if it is still ours to give."""
+        args: list[Any] = [
+            generation_id,
+            self.keys.push(generation_id),
+            epoch,
+            self._claim_grace_ms,
+            self._max_queue_ms,
+        ]
+        args += [self._settings.max_attempts, MAX_RELEASES, self._log_ms, self._order_ms]
+        return _hint(generation_id, await self._run("release", self._keys_of(generation_id), args))
+
+    # --- the reaper's side
+
+    async def due(self, partition: str, limit: int = 100) -> list[str]:
+        """The ids of a partition whose lease has ended (none while the grace guard holds)."""
+        keys = [self.keys.leases(partition), self.keys.reaper(partition)]
+        return [found.decode() for found in await self._run("due", keys, [self._lease_ms, limit])]
+
+    async def reap(self, generation_id: str, *, expire_epoch: int | None = None) -> Hint | None:
+        """Make an expired generation claimable, or end it. Answers the hint to send, if there is one.
+
+        `expire_epoch`: end the lease of that epoch now, as a supervisor may that saw the worker die."""
+        args: list[Any] = [generation_id, self.keys.push(generation_id), self._claim_grace_ms, self._max_queue_ms]
+        args += [self._settings.max_attempts, ALIVE_MS, self._log_ms, self._order_ms]
+        args += ["" if expire_epoch is None else expire_epoch]
+        return _hint(generation_id, await self._run("reap", self._keys_of(generation_id), args))
+
+    # --- reading
+
+    async def order(self, generation_id: str) -> Order | None:
+        """The order, or None."""
+        reply = await self.redis.hmget(self.keys.order(generation_id), ORDER_FIELDS)  # type: ignore[misc]
+        return _order(generation_id, reply)
+
+    async def orders(self, generation_ids: Sequence[str]) -> list[Order]:
+        """Those of these orders that still stand, in the order given, in one round trip."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for generation_id in generation_ids:
+                pipe.hmget(self.keys.order(generation_id), ORDER_FIELDS)
+            replies = await pipe.execute()
+        found = (_order(*pair) for pair in zip(generation_ids, replies, strict=True))
+        return [order for order in found if order is not None]
+
+    async def asked(self, generation_id: str) -> tuple[Prompt, dict[str, Any]] | None:
+        """The prompt and the dialect's options of an order; None when it is gone or was deleted."""
+        prompt, options = await self.redis.hmget(self.keys.order(generation_id), ["prompt", "options"])  # type: ignore[misc]
+        return (Prompt.from_json(prompt), orjson.loads(options or b"{}")) if prompt else None
+
+    async def read(self, generation_id: str, after: str = "-", count: int = PAGE) -> list[Entry]:
+        """At most `count` entries that follow the id `after` (`-`: from the beginning)."""
+        start = "-" if after == "-" else f"({after}"
+        return _entries(await self.redis.xrange(self.keys.log(generation_id), start, "+", count))
+
+    async def entry(self, generation_id: str, entry_id: str) -> Entry | None:
+        found = _entries(await self.redis.xrange(self.keys.log(generation_id), entry_id, entry_id, 1))
+        return found[0] if found else None
+
+    async def tail(self, generation_id: str) -> Entry | None:
+        """The last entry of a log, or None where there is no log."""
+        found = _entries(await self.redis.xrevrange(self.keys.log(generation_id), "+", "-", 1))
+        return found[0] if found else None
+
+    async def tails(self, generation_ids: Sequence[str]) -> list[Position | None]:
+        """Where each of these logs ends, in one round trip; None where there is no log."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for generation_id in generation_ids:
+                pipe.xrevrange(self.keys.log(generation_id), "+", "-", 1)
+            replies = await pipe.execute()
+        return [parse_id(reply[0][0]) if reply else None for reply in replies]
+
+    def _keys_of(self, generation_id: str) -> list[str]:
+        keys = self.keys
+        return [keys.order(generation_id), keys.log(generation_id), keys.leases(generation_id[-1])]
+
+    async def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
+        try:
+            return await self._scripts[name](keys=keys, args=args)
+        except ResponseError as error:
+            if isinstance(error, OutOfMemoryError) or str(error).startswith("MISCONF"):
+                raise Unavailable(
+                    "Redis has no room to write; nothing was lost, try again", code="store_full"
+                ) from error
+            raise
+
+
+def gone(order: Order) -> Gone:
+    """What a reader is told when the order stands and its log does not."""
+    if order.deleted:
+        return Gone(f"generation {order.id} was deleted", outcome=order.status, code="deleted")
+    return Gone(
+        f"the log of generation {order.id} has expired; it ended as {order.status}",
+        outcome=order.status,
+        code="expired",
+    )
+
+
+LOG_LOST = Failed("log_lost", "Redis came back without the generation's last events, and they could not be healed")
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _hint(generation_id: str, reply: list[Any]) -> Hint | None:
+    return Hint(generation_id, int(reply[1]), int(reply[2])) if reply[0] == b"HINT" else None
+
+
+def _entries(reply: Any) -> list[Entry]:
+    return [Entry(entry_id, fields[b"data"]) for entry_id, fields in reply]
+
+
+def _order(generation_id: str, reply: Sequence[bytes | None]) -> Order | None:
+    if reply[0] is None:
+        return None
+    tenant, model, status, created, policy, epoch, fresh, hints, deleted, metadata = (
+        (part or b"").decode() for part in reply
+    )
+    return Order(
+        generation_id,
+        tenant,
+        model,
+        cast(Status, status),
+        int(created),
+        cast(OnDisconnect, policy),
+        int(epoch),
+        int(fresh) if fresh else None,
+        int(hints),
+        bool(deleted),
+        orjson.loads(metadata or "{}"),
+    )

@@ -1,0 +1,173 @@
+"""Connect to Redis, and the one list of every key there is: name, kind, time to live.
+
+The only file that spells a key. A generation's own keys carry the hash tag `{p}` of its partition, the last hex
+digit of its id, so that they share a slot in a Redis Cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, RedisError, ResponseError, TimeoutError
+
+from shared.config import Settings
+from shared.errors import SettingsError, Unavailable
+from shared.observability import logger
+
+Client: TypeAlias = Redis
+
+PARTITIONS = tuple("0123456789abcdef")
+ALIVE_MS = 24 * 60 * 60 * 1000  # what a generation's keys live, refreshed while it runs
+COMMAND_TIMEOUT_SECONDS = 2.0
+log = logger("redis")
+GENERATION_ID = re.compile(r"[0-9a-f]{32}")
+
+# Redis is away, or not ready, or no longer the primary: the same call may work in a moment.
+AWAY = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OSError)
+# Whatever else Redis refuses (full, cannot persist, a watched key moved): a background loop logs it and goes on.
+TROUBLE = (RedisError, OSError, Unavailable)
+
+
+@dataclass(frozen=True)
+class KeyKind:
+    """One kind of key. `lives`: its time to live in words; None for an index whose members are bounded."""
+
+    pattern: str
+    redis_type: str
+    lives: str | None
+    holds: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Every key and channel of one deployment, under its prefix."""
+
+    prefix: str
+
+    def order(self, generation_id: str) -> str:
+        return f"{self.prefix}:{{{generation_id[-1]}}}:order:{generation_id}"
+
+    def log(self, generation_id: str) -> str:
+        return f"{self.prefix}:{{{generation_id[-1]}}}:log:{generation_id}"
+
+    def leases(self, partition: str) -> str:
+        return f"{self.prefix}:{{{partition}}}:leases"
+
+    def reaper(self, partition: str) -> str:
+        return f"{self.prefix}:{{{partition}}}:reaper"
+
+    def push(self, generation_id: str) -> str:
+        return f"{self.prefix}:push:{generation_id}"
+
+    @property
+    def nudge(self) -> str:
+        return f"{self.prefix}:nudge"
+
+    @property
+    def queue(self) -> str:
+        return f"{self.prefix}:queue"
+
+    @property
+    def doorbell(self) -> str:
+        return f"{self.prefix}:doorbell"
+
+    def recent(self, tenant: str) -> str:
+        return f"{self.prefix}:recent:{tenant}"
+
+    def chat(self, tenant: str, chat_id: str) -> str:
+        return f"{self.prefix}:chat:{tenant}:{chat_id}"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.prefix}:workers"
+
+    def hint(self, generation_id: str, n: int) -> str:
+        """ARQ's job id of hint n; ARQ's keys hold it behind prefixes of their own."""
+        return f"{self.prefix}:{generation_id}:{n}"
+
+    def kinds(self) -> tuple[KeyKind, ...]:
+        """The table of docs/protocol.md; the tests hold every key in Redis against it."""
+        p = re.escape(self.prefix)
+        hint = p + r":[0-9a-f]{32}:\d+"
+        alive = "24 h, refreshed while it runs; at the end "
+        return (
+            KeyKind(p + r":\{.\}:order:.+", "hash", alive + "order_retention", "what was asked, how it is doing"),
+            KeyKind(p + r":\{.\}:log:.+", "stream", alive + "log_retention", "the events"),
+            KeyKind(p + r":\{.\}:leases", "zset", None, "id -> deadline; removed at the terminal"),
+            KeyKind(p + r":\{.\}:reaper", "hash", None, "two fields: the grace guard"),
+            KeyKind(p + r":queue", "zset", None, "ARQ's queue; a hint is removed when it is taken"),
+            KeyKind(p + r":doorbell", "list", None, "at most 100 rings"),
+            KeyKind(p + r":recent:.+", "zset", "order_retention", "a tenant's newest 1,000 generation ids"),
+            KeyKind(
+                p + r":chat:.+", "string", "log_retention and a generation's longest", "a chat's newest generation"
+            ),
+            KeyKind(p + r":workers", "zset", "one minute", "worker name -> last sign of life"),
+            KeyKind(p + r":queue:health-check", "string", "set by ARQ", "ARQ's own health line"),
+            KeyKind("arq:job:" + hint, "string", "set at enqueue: 24 h", "one hint, JSON"),
+            KeyKind("arq:in-progress:" + hint, "string", "10 s", "ARQ's lock"),
+            KeyKind("arq:retry:" + hint, "string", "about 24 h; removed at the end", "ARQ's count of tries"),
+        )
+
+
+def connect(
+    url: str, *, connections: int, timeout_seconds: float | None = COMMAND_TIMEOUT_SECONDS, retries: int = 3
+) -> Client:
+    """A client over a pool of at most `connections`; a command waits for a free one instead of opening more.
+
+    Every command of ours is idempotent, so a lost connection is retried. `retries=-1` retries until Redis is back.
+    Raises SettingsError for a URL that cannot be understood; connecting itself happens at the first command.
+    """
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=connections,
+            timeout=10 * COMMAND_TIMEOUT_SECONDS,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=COMMAND_TIMEOUT_SECONDS,
+            **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+            health_check_interval=0,
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
+            retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError],
+        )
+    except ValueError as error:
+        raise SettingsError(f"REDIS_URL or REJOIN_QUEUE_URL: {error}") from None
+    return Redis.from_pool(pool)
+
+
+async def when_reachable(client: Client) -> None:
+    """Wait until Redis answers. Raises SettingsError for one that would lose generations without a word."""
+    while True:
+        try:
+            policy = await _eviction_policy(client)
+            break
+        except AWAY as error:
+            log.warning("redis.not_yet_reachable", error=type(error).__name__)
+            await asyncio.sleep(0.5)
+    if policy != "noeviction":
+        raise SettingsError(
+            f"REDIS_URL: this Redis evicts keys when its memory is full (maxmemory-policy {policy}), and would lose "
+            "generations without a word: set maxmemory-policy noeviction"
+        )
+
+
+async def _eviction_policy(client: Client) -> str:
+    try:
+        return str((await client.config_get("maxmemory-policy")).get("maxmemory-policy", "noeviction"))
+    except ResponseError as error:
+        if str(error).startswith("LOADING"):
+            raise ConnectionError(str(error)) from error
+        log.warning(
+            "redis.policy_unknown", advice="CONFIG is not allowed here: make sure of maxmemory-policy noeviction"
+        )
+        return "noeviction"
+
+
+def queue_url(settings: Settings, redis_url: str | None = None) -> str:
+    """Where the queue, the doorbell and the lists live; the same Redis unless a Cluster holds the logs."""
+    return settings.queue_url or redis_url or settings.redis_url

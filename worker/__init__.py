@@ -1,0 +1,1 @@
+"""Claims generations and writes their logs. Never imports api."""

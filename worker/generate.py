@@ -1,0 +1,192 @@
+"""Run one generation: claim it, drive the provider, hand its events to the writer, close it exactly once.
+
+The edge of a job: whatever goes wrong becomes the log's terminal event, or leaves the generation for the next attempt.
+Knows neither HTTP nor the model's protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from dataclasses import replace
+
+from shared.config import ModelTable, Settings
+from shared.errors import CallerError, OurError, UpstreamError
+from shared.event_log import Claim, EventLog, Hint
+from shared.events import Completed, Failed, Output, SourceAdded, Terminal, encode, outcome
+from shared.jobs import Jobs
+from shared.observability import logger, place_of
+from shared.prompt import Prompt
+from shared.redis import TROUBLE
+from worker import providers
+from worker.writer import Attempt, Lost, Writer
+
+FLUSH_SECONDS = 1.0  # how long a stopping worker waits for its last events to be written
+log = logger("generate")
+
+
+class Generator:
+    """What every job of this worker shares: the log, the writer, the providers."""
+
+    def __init__(self, settings: Settings, models: ModelTable, event_log: EventLog, jobs: Jobs, writer: Writer) -> None:
+        self._settings = settings
+        self._models = models
+        self._event_log = event_log
+        self._jobs = jobs
+        self._writer = writer
+        self._providers: dict[str, providers.Provider] = {}
+        self._slots: dict[str, asyncio.Semaphore] = {}
+
+    async def generate(self, hint: Hint) -> None:
+        """Run what the hint points to, if it still wants a worker. Cancelled: hand it over."""
+        sent_at = time.monotonic()
+        claim = await self._claim(hint)
+        if claim is None:
+            log.debug("hint.stale", generation_id=hint.generation_id, epoch=hint.epoch)
+            return
+        log.info("generation.started", generation_id=claim.generation_id, attempt=claim.attempt, model=claim.model)
+        with self._writer.open(claim, sent_at) as attempt:
+            try:
+                await self._run(claim, attempt)
+            except asyncio.CancelledError:
+                # The worker is stopping. This is the edge of the job: ARQ would only log a traceback of it.
+                await asyncio.shield(self._hand_over(attempt))
+
+    def warm_up(self) -> None:
+        """Build the providers before the first prompt: importing an SDK would hold up the event loop then."""
+        for route in (*self._models.routes.values(), self._models.fallback):
+            if route is not None:
+                self._providers[route.name] = providers.build(self._settings, route)
+
+    async def aclose(self) -> None:
+        for provider in self._providers.values():
+            await provider.aclose()
+
+    async def _claim(self, hint: Hint) -> Claim | None:
+        claiming = asyncio.ensure_future(self._event_log.claim(hint, secrets.token_hex(16)))
+        try:
+            claim, _ = await asyncio.gather(asyncio.shield(claiming), self._take(hint))
+            return claim
+        except TROUBLE as error:  # the queued lease, or the claimed one, will end by itself
+            log.warning("claim.redis_away", generation_id=hint.generation_id, error=type(error).__name__)
+            return None
+        except asyncio.CancelledError:  # stopping: what may have been claimed is handed over, not left to expire
+            claim = await claiming
+            if claim is not None:
+                await self._release(claim.generation_id, claim.epoch)
+            raise
+
+    async def _take(self, hint: Hint) -> None:
+        try:
+            await self._jobs.taken(hint)
+        except TROUBLE:
+            log.debug("hint.not_taken", generation_id=hint.generation_id)  # ARQ takes it off at the job's end
+
+    async def _run(self, claim: Claim, attempt: Attempt) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                driving = group.create_task(self._drive(claim, attempt))
+                attempt.on_lost = driving.cancel
+        except* Lost:
+            pass
+        if attempt.lost == "UNREACHABLE":
+            await self._release_when_back(claim)
+        if attempt.lost:
+            log.info("generation.lost", generation_id=claim.generation_id, attempt=claim.attempt, reason=attempt.lost)
+
+    async def _drive(self, claim: Claim, attempt: Attempt) -> None:
+        terminal = await self._answer(claim, attempt)
+        finished = replace(terminal, at=_redis_now(claim, attempt))
+        attempt.put(encode(finished), outcome(finished))
+        await attempt.settled()
+        fields = {"code": finished.code} if isinstance(finished, Failed) else {}
+        log.info(
+            finished.type,
+            generation_id=claim.generation_id,
+            attempt=claim.attempt,
+            events=attempt.last_seq,
+            seconds=round(time.monotonic() - attempt.started_at, 3),
+            **fields,
+        )
+
+    async def _answer(self, claim: Claim, attempt: Attempt) -> Terminal:
+        """Every way an answer can end, as the terminal event that says so."""
+        try:
+            async with asyncio.timeout(max(claim.seconds_left, 0.001)) as deadline, self._slot(claim.model):
+                return await self._stream(claim, attempt)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            return Failed("deadline_exceeded", "the generation ran longer than REJOIN_MAX_GENERATION_SECONDS")
+        except UpstreamError as error:
+            return Failed(error.code, error.message, error.retryable)
+        except (CallerError, OurError) as error:
+            return Failed(error.code, error.message, retryable=False)
+        except Lost:
+            raise
+        except Exception as error:
+            log.error(
+                "generation.broke", generation_id=claim.generation_id, error=type(error).__name__, at=place_of(error)
+            )
+            return Failed("internal_error", "the worker failed on this generation; its log has the place")
+
+    async def _stream(self, claim: Claim, attempt: Attempt) -> Completed:
+        prompt = Prompt.from_json(claim.prompt)
+        first = True
+        async with aclosing(self._provider(claim.model).stream(prompt)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Completed):
+                    return event
+                attempt.put(encode(_stamped(event, claim, attempt) if first else event))
+                first = False
+                if attempt.must_wait:
+                    await attempt.ready()
+        raise UpstreamError("the model's answer ended without saying that it was complete", code="upstream_truncated")
+
+    def _provider(self, model: str) -> providers.Provider:
+        return self._providers[self._models.resolve(model).name]
+
+    def _slot(self, model: str) -> AbstractAsyncContextManager[object]:
+        route = self._models.resolve(model)
+        if route.concurrency is None:
+            return nullcontext()
+        return self._slots.setdefault(route.name, asyncio.Semaphore(route.concurrency))
+
+    async def _hand_over(self, attempt: Attempt) -> None:
+        try:
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await attempt.settled()
+        except (TimeoutError, Lost):
+            pass
+        if attempt.lost is None and not (attempt.final and attempt.is_settled):
+            await self._release(attempt.generation_id, attempt.epoch)
+
+    async def _release_when_back(self, claim: Claim) -> None:
+        """This worker gave up because it did not reach Redis, not because it died: nothing is to be charged for it."""
+        for _ in range(round(max(claim.seconds_left, 0)) + 1):
+            if await self._release(claim.generation_id, claim.epoch):
+                return
+            await asyncio.sleep(1)
+
+    async def _release(self, generation_id: str, epoch: int) -> bool:
+        """Hand a generation over; False when Redis could not be told (its lease will end by itself)."""
+        try:
+            hint = await self._event_log.release(generation_id, epoch)
+            if hint is not None:
+                await self._jobs.send(hint)
+                log.info("generation.released", generation_id=generation_id)
+            return True
+        except TROUBLE as error:
+            log.warning("generation.not_released", generation_id=generation_id, error=type(error).__name__)
+            return False
+
+
+def _redis_now(claim: Claim, attempt: Attempt) -> int:
+    """Unix milliseconds by Redis' clock: the epoch is its TIME at the claim, our monotonic clock counts on."""
+    return claim.epoch + round((time.monotonic() - attempt.started_at) * 1000)
+
+
+def _stamped(event: Output, claim: Claim, attempt: Attempt) -> Output:
+    return event if isinstance(event, SourceAdded) else replace(event, at=_redis_now(claim, attempt))

@@ -1,0 +1,1 @@
+"""HTTP in, HTTP out: takes prompts, relays logs. Never imports worker."""

@@ -1,0 +1,28 @@
+"""Native SSE, made for a browser's EventSource: every event as it stands in the log, under its own id.
+
+The only dialect that may end cleanly without a terminal event, and only after `retry:`: its clients come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from api import sse
+from api.frames import Ending, Frame
+from shared.events import Entry, type_of
+
+
+class Native:
+    media_type = sse.MEDIA_TYPE
+
+    def frames(self, entry: Entry) -> Iterable[Frame]:
+        return (Frame(entry.data, type_of(entry.data), entry.id),)
+
+    def encode(self, frame: Frame) -> bytes:
+        return sse.encode(frame)
+
+    def ping(self) -> bytes:
+        return sse.PING
+
+    def ending(self, ending: Ending, retry_ms: int) -> bytes | None:
+        return sse.comment(ending.value) + sse.retry(retry_ms)

@@ -1,0 +1,424 @@
+"""One subscription connection per api process, gaps filled from the log, fanned out to every reader in memory.
+
+The log is the data, a push is a copy of it. Each push says which entry it follows, so a missed one is seen at once and
+read from the log. A reader is a cursor: it takes what follows it from the feed's window, or from the log when it fell
+behind. Nothing here grows with a slow reader. Knows nothing of HTTP or of what the events say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis.asyncio.connection import AbstractConnection
+
+from shared.event_log import PAGE, EventLog, Order
+from shared.events import Entry, Position, format_id, is_terminal
+from shared.observability import logger
+from shared.redis import COMMAND_TIMEOUT_SECONDS, TROUBLE, Client
+
+WINDOW = 256  # entries of a log kept in memory for readers that keep up
+LOOK_SECONDS = 2.0  # how often a silent log is looked at: a lost last push, an expired key, a flushed server
+PING_AFTER_SECONDS = 1.0  # of silence on the subscription
+DEAD_AFTER_SECONDS = 3.0
+AWAY_TRIES = 100  # a tenth of a second each, before a reader that waits for Redis is pinged
+MAX_BATCH_BYTES = 256 * 1024  # of events given to a reader at once
+NEVER: Position = (0, 0)  # before the first entry of any log, `0-1`
+LAST_SEQ = 2**63 - 1
+log = logger("tail")
+
+
+class Gone(Exception):
+    """The log is not there any more."""
+
+
+def just_before(position: Position) -> Position:
+    """The cursor of a reader that is to see `position` next."""
+    epoch, seq = position
+    return (epoch, seq - 1) if seq > 0 else (epoch - 1, LAST_SEQ)
+
+
+class Feed:
+    """What this process knows of one log while somebody reads it: its newest entries, in order, without a gap."""
+
+    def __init__(self, generation_id: str, event_log: EventLog) -> None:
+        self.generation_id = generation_id
+        self.readers = 0
+        self.acknowledged = asyncio.Event()
+        self.last: Position | None = None  # the newest entry known; None until the log was looked at
+        self.floor: Position = NEVER  # the window holds all that follows this
+        self.has_ended = False
+        self.is_gone = False
+        self.heard_at = time.monotonic()
+        self._event_log = event_log
+        self._window: deque[tuple[Position, Entry]] = deque()
+        self._target: Position | None = None  # an entry somebody told of that is not in the window yet
+        self._filling: asyncio.Task[None] | None = None
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def prime(self) -> None:
+        """Look where the log ends, once, after the subscription stands: from here on nothing is missed."""
+        await self.acknowledged.wait()
+        if self.last is None:
+            tail = await self._event_log.tail(self.generation_id)
+            if self.last is None:
+                if tail is None:
+                    self.go()
+                    return
+                self.floor = self.last = tail.position
+        if self._target is not None and self._target > self.last:
+            self.fill(self._target)
+
+    def push(self, previous: Position, entries: list[Entry]) -> None:
+        """Take a push: what follows directly is kept, a hole is filled from the log."""
+        self.heard_at = time.monotonic()
+        if self.last is None:
+            self._target = entries[-1].position
+        elif previous <= self.last:
+            self._extend(entries)
+        else:
+            self.fill(entries[-1].position)
+
+    def fill(self, target: Position) -> None:
+        """Read from the log up to `target`; at most one read is in flight, later calls only raise its target."""
+        if self._target is None or target > self._target:
+            self._target = target
+        if self._filling is None or self._filling.done():
+            self._filling = asyncio.create_task(self._fill())
+
+    async def _fill(self) -> None:
+        while self.last is not None and self._target is not None and self._target > self.last:
+            target = self._target
+            try:
+                entries = await self._event_log.read(self.generation_id, format_id(self.last).decode())
+                if not entries and await self._event_log.tail(self.generation_id) is None:
+                    self.go()
+            except TROUBLE:
+                await asyncio.sleep(0.1)
+                continue
+            self._extend(entries)
+            if not entries and self._target == target:
+                self._target = None  # the log ends earlier than we were told: its writer will heal it
+
+    def _extend(self, entries: Iterable[Entry]) -> None:
+        assert self.last is not None
+        for entry in entries:
+            position = entry.position
+            if position > self.last:
+                self._window.append((position, entry))
+                self.last = position
+                self.has_ended = is_terminal(entry.data)
+        while len(self._window) > WINDOW:
+            self.floor = self._window.popleft()[0]
+        self.wake()
+
+    def following(self, cursor: Position) -> list[Entry] | None:
+        """What follows a cursor, from memory; None when the window does not reach back that far."""
+        if cursor < self.floor or self.last is None:
+            return None
+        if cursor >= self.last:
+            return []
+        found: list[Entry] = []
+        for position, entry in reversed(self._window):
+            if position <= cursor:
+                break
+            found.append(entry)
+        found.reverse()
+        return found
+
+    def go(self) -> None:
+        self.is_gone = True
+        self.wake()
+
+    def wake(self) -> None:
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiting.clear()
+
+    def waiter(self) -> asyncio.Future[None]:
+        """A future that is done at the next change."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        return future
+
+    def forget(self, waiter: asyncio.Future[None]) -> None:
+        self._waiting.discard(waiter)
+
+    def close(self) -> None:
+        if self._filling is not None:
+            self._filling.cancel()
+
+
+class Reader:
+    """One cursor on one log. `next` gives what follows it; a feed of None stands for a log that has ended."""
+
+    def __init__(
+        self, event_log: EventLog, order: Order, feed: Feed | None, cursor: Position, ahead_of: Position | None
+    ):
+        self.cursor = cursor
+        self.prefix: list[Entry] = []  # given first: entry 0-1 for a reader that then skips void attempts
+        self.generation_id = order.id
+        self._event_log = event_log
+        self._feed = feed
+        self._ahead_of = ahead_of  # the tail at the time our cursor was ahead of it
+        self._waiter: asyncio.Future[None] | None = None
+        self._woken = False
+        self._page = PAGE
+
+    async def next(self, timeout_seconds: float) -> list[Entry]:
+        """The entries that follow, in order, at once if there are any; empty after the time-out or a `wake`.
+
+        Raises Gone when the log is no more."""
+        if self.prefix:
+            entries, self.prefix = self.prefix, []
+            return entries
+        entries = await self._look()
+        if not entries and not self._woken:
+            await self._wait(timeout_seconds)
+            entries = await self._look()
+        self._woken = False
+        if entries:
+            self.cursor = entries[-1].position
+        return entries
+
+    def wake(self) -> None:
+        """Have `next` return now: the client has gone, or the server is going."""
+        self._woken = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _look(self) -> list[Entry]:
+        if self._feed is None:
+            return await self._read()
+        if self._ahead_of is not None:
+            await self._mind_being_ahead(self._feed)
+        found = self._feed.following(self.cursor)
+        if found is None:
+            found = await self._read()
+        if not found and self._feed.is_gone:
+            raise Gone
+        return found
+
+    async def _read(self) -> list[Entry]:
+        """A page of the log. Empty, too, when woken, or when Redis has been away for a while: the client is pinged."""
+        after = "-" if self.cursor == NEVER else format_id(self.cursor).decode()
+        for _ in range(AWAY_TRIES):
+            try:
+                page = await self._event_log.read(self.generation_id, after, self._page)
+                if not page and self._feed is None:  # it had ended, so there is more to read, or it expired
+                    raise Gone
+                return self._bounded(page)
+            except TROUBLE:
+                await asyncio.sleep(0.1)
+            if self._woken:
+                break
+        return []
+
+    def _bounded(self, page: list[Entry]) -> list[Entry]:
+        """What one send may hold: fat events come in smaller pages."""
+        size = 0
+        for n, entry in enumerate(page, 1):
+            size += len(entry.data)
+            if size >= MAX_BATCH_BYTES:
+                self._page = max(n, 1)
+                return page[:n]
+        self._page = PAGE
+        return page
+
+    async def _mind_being_ahead(self, feed: Feed) -> None:
+        """Our cursor was ahead of the tail. Either the writer heals the log up to it, or another epoch or the end comes
+        first, and what we have is void: then go on from the newest fresh start."""
+        assert self._ahead_of is not None and feed.last is not None
+        epoch = self.cursor[0]
+        if feed.last[0] == epoch and feed.last >= self.cursor:
+            self._ahead_of = None
+        elif feed.has_ended or feed.last[0] not in (epoch, self._ahead_of[0]):
+            order = await self._event_log.order(self.generation_id)
+            self.cursor = just_before((order.fresh, 0)) if order and order.fresh else NEVER
+            self._ahead_of = None
+
+    async def _wait(self, timeout_seconds: float) -> None:
+        if self._feed is None:  # an ended log of which Redis gives nothing at the moment
+            return
+        self._waiter = waiter = self._feed.waiter()
+        timer = asyncio.get_running_loop().call_later(timeout_seconds, _finish, waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._feed.forget(waiter)
+            self._waiter = None
+
+
+class Tail:
+    """All feeds of this process over one subscription connection. `run` owns its tasks until cancelled."""
+
+    def __init__(self, subscriber: Client, event_log: EventLog, disconnect_grace_seconds: float) -> None:
+        self._subscriber = subscriber
+        self._event_log = event_log
+        self._grace_seconds = disconnect_grace_seconds
+        self._feeds: dict[str, Feed] = {}
+        self._attended: Counter[str] = Counter()
+        self._connection: AbstractConnection | None = None
+        self._heard_at = 0.0
+
+    @asynccontextmanager
+    async def follow(self, order: Order) -> AsyncIterator[Feed]:
+        """The feed of a log, primed, for as long as somebody reads it. Raises redis' errors while Redis is away."""
+        feed = self._feeds.get(order.id)
+        is_new = feed is None
+        if feed is None:
+            feed = self._feeds[order.id] = Feed(order.id, self._event_log)
+        feed.readers += 1
+        attended = order.on_disconnect == "cancel"
+        self._attended[order.id] += attended
+        try:
+            if is_new:
+                await self._subscribe("SUBSCRIBE", [order.id])
+            if attended:
+                await self._attend_now([order.id])
+            async with asyncio.timeout(10):
+                await feed.prime()
+            yield feed
+        finally:
+            self._attended[order.id] -= attended
+            if not self._attended[order.id]:
+                del self._attended[order.id]
+            feed.readers -= 1
+            if feed.readers == 0:
+                del self._feeds[order.id]
+                feed.close()
+                await asyncio.shield(self._unsubscribe(order.id))
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen_forever())
+            group.create_task(self._watch_connection())
+            group.create_task(self._look_at_silent_logs())
+            group.create_task(self._attend())
+
+    async def _subscribe(self, command: str, generation_ids: list[str]) -> None:
+        """Tell Redis; while the connection is down there is nobody to tell: all are subscribed when it is back."""
+        connection = self._connection
+        if connection is None or not generation_ids:
+            return
+        try:
+            await connection.send_command(command, *map(self._event_log.keys.push, generation_ids), check_health=False)
+        except TROUBLE:
+            await connection.disconnect(nowait=True)
+
+    async def _unsubscribe(self, generation_id: str) -> None:
+        if generation_id not in self._feeds:  # somebody may have come as the last reader left
+            await self._subscribe("UNSUBSCRIBE", [generation_id])
+
+    async def _listen_forever(self) -> None:
+        while True:
+            connection = self._subscriber.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            try:
+                async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):  # a peer may accept and say nothing
+                    await connection.connect()
+                await self._listen(connection)
+            except TROUBLE as error:
+                log.warning("tail.redis_away", error=type(error).__name__, feeds=len(self._feeds))
+            finally:
+                self._connection = None
+                await connection.disconnect(nowait=True)
+            await asyncio.sleep(random.uniform(0.05, 0.2))
+
+    async def _listen(self, connection: AbstractConnection) -> None:
+        self._connection, self._heard_at = connection, time.monotonic()
+        ids = list(self._feeds)
+        for start in range(0, len(ids), 500):
+            await self._subscribe("SUBSCRIBE", ids[start : start + 500])
+        prefix = len(self._event_log.keys.push(""))
+        while True:
+            reply: Any = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+            self._heard_at = time.monotonic()
+            match reply[0]:
+                case b"message":
+                    self._dispatch(reply[1][prefix:].decode(), reply[2])
+                case b"subscribe":
+                    await self._acknowledge(reply[1][prefix:].decode())
+
+    def _dispatch(self, generation_id: str, payload: bytes) -> None:
+        feed = self._feeds.get(generation_id)
+        if feed is None:
+            return
+        head, _, lines = payload.partition(b"\n")
+        said_id, _, previous = head.partition(b" ")
+        if said_id.decode() != generation_id:
+            log.error("tail.foreign_push", generation_id=generation_id)
+            return
+        entries = [Entry(*line.split(b" ", 1)) for line in lines.split(b"\n")]
+        epoch, _, seq = previous.partition(b"-")
+        feed.push((int(epoch), int(seq)), entries)
+
+    async def _acknowledge(self, generation_id: str) -> None:
+        feed = self._feeds.get(generation_id)
+        if feed is None:  # it was subscribed again as its last reader left
+            await self._unsubscribe(generation_id)
+            return
+        if feed.acknowledged.is_set():  # subscribed again after a cut: read what was missed
+            feed.fill((2**62, 0))
+        feed.acknowledged.set()
+
+    async def _watch_connection(self) -> None:
+        """A connection that says nothing is asked; one that does not answer is given up."""
+        while True:
+            await asyncio.sleep(PING_AFTER_SECONDS / 2)
+            connection, silent = self._connection, time.monotonic() - self._heard_at
+            if connection is None:
+                continue
+            try:
+                if silent > DEAD_AFTER_SECONDS:
+                    await connection.disconnect(nowait=True)
+                elif silent > PING_AFTER_SECONDS:
+                    await connection.send_command("PING", check_health=False)
+            except TROUBLE:
+                await connection.disconnect(nowait=True)
+
+    async def _look_at_silent_logs(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            horizon = time.monotonic() - LOOK_SECONDS
+            silent = [feed for feed in self._feeds.values() if feed.heard_at < horizon and feed.last is not None]
+            for start in range(0, len(silent), 200):
+                try:
+                    await self._look_at(silent[start : start + 200])
+                except TROUBLE:
+                    break
+
+    async def _look_at(self, feeds: list[Feed]) -> None:
+        tails = await self._event_log.tails([feed.generation_id for feed in feeds])
+        for feed, tail in zip(feeds, tails, strict=True):
+            if tail is None:
+                feed.go()
+            elif feed.last is not None and tail > feed.last:
+                feed.fill(tail)
+
+    async def _attend(self) -> None:
+        pause = self._grace_seconds / 3
+        while True:
+            await asyncio.sleep(pause)
+            pause = self._grace_seconds / 3
+            if not await self._attend_now(list(+self._attended)):
+                pause = min(pause, 0.2)  # say it as soon as Redis is back: the grace time does not wait
+
+    async def _attend_now(self, generation_ids: list[str]) -> bool:
+        try:
+            await self._event_log.attend(generation_ids)
+            return True
+        except TROUBLE as error:
+            log.warning("attend.delayed", error=type(error).__name__)
+            return False
+
+
+def _finish(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

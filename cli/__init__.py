@@ -1,0 +1,1 @@
+"""The `rejoin` command. Starts the parts as processes; imports neither api nor worker."""

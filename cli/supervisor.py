@@ -1,0 +1,105 @@
+"""Keep a few processes running: start, watch, restart, end in order. Knows nothing of what they do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+STEADY_SECONDS = 10.0  # a process that ran this long is restarted at once
+MAX_PATIENCE_SECONDS = 5.0
+
+
+@dataclass
+class Child:
+    """One process to keep running. `stop_seconds`: how long it may take to end when asked to."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    stop_seconds: float
+    pass_fds: tuple[int, ...] = ()
+    process: asyncio.subprocess.Process | None = None
+    starts: int = 0
+
+
+@dataclass
+class Supervisor:
+    """The children of one `rejoin up`, and whether they are to go on."""
+
+    children: list[Child] = field(default_factory=list)
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def keep(self, child: Child) -> None:
+        """Run a child until the end is asked for; restart it whenever it ends by itself."""
+        self.children.append(child)
+        patience = 0.1
+        while not self.ending.is_set():
+            started = time.monotonic()
+            code = await self._run(child)
+            if self.ending.is_set():
+                return
+            steady = time.monotonic() - started > STEADY_SECONDS
+            patience = 0.1 if steady else min(patience * 2, MAX_PATIENCE_SECONDS)
+            tell(f"{child.name} ended ({_describe(code)}); starting it again")
+            try:
+                async with asyncio.timeout(patience):
+                    await self.ending.wait()
+            except TimeoutError:
+                pass
+
+    async def end(self, names: Sequence[str]) -> None:
+        """Ask these children to stop, wait for each its time, then insist."""
+        running = [child for child in self.children if child.name in names and _runs(child)]
+        for child in running:
+            _signal(child, signal.SIGTERM)
+        for child in running:
+            assert child.process is not None
+            try:
+                async with asyncio.timeout(child.stop_seconds):
+                    await child.process.wait()
+            except TimeoutError:
+                tell(f"{child.name} did not stop within {child.stop_seconds:g} s; killing it")
+                _signal(child, signal.SIGKILL)
+                await child.process.wait()
+
+    async def _run(self, child: Child) -> int:
+        child.starts += 1
+        child.process = await asyncio.create_subprocess_exec(
+            *child.argv,
+            env=dict(child.env),
+            pass_fds=child.pass_fds,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the supervisor, which ends the others in order
+        )
+        if self.ending.is_set():  # the end came while it was being started
+            _signal(child, signal.SIGTERM)
+        assert child.process.stdout is not None
+        while line := await child.process.stdout.readline():
+            tell(f"{child.name:<9}| {line.decode(errors='replace').rstrip()}")
+        return await child.process.wait()
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _runs(child: Child) -> bool:
+    return child.process is not None and child.process.returncode is None
+
+
+def _signal(child: Child, number: signal.Signals) -> None:
+    if child.process is not None and _runs(child):
+        with suppress(ProcessLookupError):
+            os.kill(child.process.pid, number)
+
+
+def _describe(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

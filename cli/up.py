@@ -1,0 +1,222 @@
+"""`rejoin up`: the store, the api and the workers as supervised processes on this machine. Prints `ready http://…`."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import secrets
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis.exceptions import NoPermissionError
+
+from cli.supervisor import Child, Supervisor, tell
+from cli.valkey import server_argv, socket_fits
+from shared.config import Settings, model_table
+from shared.errors import SettingsError
+from shared.redis import TROUBLE, Client, Keys, connect, queue_url
+
+READY_SECONDS = 60.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    host: str
+    port: int
+    workers: int
+    data: Path
+
+
+async def up(options: Options, settings: Settings) -> int:
+    """Run until SIGINT or SIGTERM, then drain. Raises SettingsError before anything is started."""
+    if options.host not in LOOPBACK and not settings.tenants_by_key_hash:
+        raise SettingsError(
+            f"--host {options.host} would be reachable from other machines: set REJOIN_API_KEYS and REJOIN_SECRET first"
+        )
+    model_table(settings)
+    options.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _only_one(options.data) as lock_fd, _listen(options) as listening:
+        house = House(options, settings, listening, lock_fd, *_store(options.data, settings))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, house.supervisor.ending.set)
+        return await house.run()
+
+
+class House:
+    """The processes of one `rejoin up`. `store_argv` is None where REDIS_URL names a store that runs elsewhere."""
+
+    def __init__(
+        self,
+        options: Options,
+        settings: Settings,
+        listening: socket.socket,
+        lock_fd: int,
+        redis_url: str,
+        store_argv: list[str] | None,
+    ) -> None:
+        self.supervisor = Supervisor()
+        self._settings = settings
+        self._listening = listening
+        self._lock_fd = lock_fd
+        self._redis_url = redis_url
+        self._store_argv = store_argv
+        self._env = _environment(options, settings, redis_url)
+        self._workers = [f"worker{n}" if options.workers > 1 else "worker" for n in range(1, options.workers + 1)]
+
+    async def run(self) -> int:
+        fd = self._listening.fileno()
+        async with asyncio.TaskGroup() as group:
+            if self._store_argv is not None:
+                # It holds the lock too: as long as the store runs, no other may run on its files.
+                store = Child("valkey", self._store_argv, self._env, stop_seconds=20, pass_fds=(self._lock_fd,))
+                group.create_task(self.supervisor.keep(store))
+            await self._until_store_answers()
+            api = [sys.executable, "-m", "api", "--fd", str(fd)]
+            group.create_task(self.supervisor.keep(Child("api", api, self._env, stop_seconds=15, pass_fds=(fd,))))
+            for name in self._workers:
+                stop_seconds = self._settings.drain_seconds + 10
+                worker = Child(name, [sys.executable, "-m", "worker"], self._env, stop_seconds)
+                group.create_task(self.supervisor.keep(worker))
+            if await self._until_ready():
+                print(f"ready {self.url}", flush=True)
+            await self.supervisor.ending.wait()
+            tell(f"stopping: running generations have {self._settings.drain_seconds} s to end")
+            await self.supervisor.end(["api", *self._workers])
+            await self.supervisor.end(["valkey"])
+        return 0
+
+    @property
+    def url(self) -> str:
+        host, port = self._listening.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def _until_store_answers(self) -> None:
+        async with connect(self._redis_url, connections=1) as client:
+            waited = 0.0
+            while not self.supervisor.ending.is_set():
+                try:
+                    await client.config_get("maxmemory-policy")  # as PING does not, it needs the right password
+                    return
+                except NoPermissionError:
+                    return
+                except TROUBLE as error:
+                    if waited > 3:
+                        tell(f"the store does not answer ({type(error).__name__}: {error}); trying again")
+                        waited = 0
+                    waited += 0.1
+                    await asyncio.sleep(0.1)
+
+    async def _until_ready(self) -> bool:
+        """Until the api says that it is ready and every worker has shown life. False when the end came first."""
+        loop = asyncio.get_running_loop()
+        patience_ends = loop.time() + READY_SECONDS
+        async with connect(queue_url(self._settings, self._redis_url), connections=1) as client:
+            while not self.supervisor.ending.is_set():
+                if await self._living_workers(client) == len(self._workers) and await self._api_is_ready():
+                    return True
+                if loop.time() > patience_ends:
+                    tell(f"not everything is up after {READY_SECONDS:g} s; the lines above say why")
+                    patience_ends = float("inf")
+                await asyncio.sleep(0.05)
+        return False
+
+    async def _living_workers(self, client: Client) -> int:
+        pids = {str(child.process.pid) for child in self.supervisor.children if child.process is not None}
+        try:
+            names = await client.zrange(Keys(self._settings.key_prefix).workers, 0, -1)
+        except TROUBLE:
+            return 0
+        return sum(name.decode().rpartition(":")[2] in pids for name in names)
+
+    async def _api_is_ready(self) -> bool:
+        host, port = self._listening.getsockname()[:2]
+        try:
+            reader, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            return False
+        try:
+            async with asyncio.timeout(2):
+                writer.write(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                return b" 200 " in await reader.readline()
+        except (OSError, TimeoutError):
+            return False
+        finally:
+            writer.close()
+
+
+class _only_one:
+    """One `rejoin up` for each data folder: two would fight over the store."""
+
+    def __init__(self, data: Path) -> None:
+        self._path = data / "lock"
+
+    def __enter__(self) -> int:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise SettingsError(f"another `rejoin up` uses {self._path.parent}; stop it, or give --data DIR") from None
+        return self._file.fileno()
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def _listen(options: Options) -> socket.socket:
+    """The listening socket is the supervisor's, so that the address stays while the api restarts."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((options.host, options.port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise SettingsError(
+            f"--port {options.port}: {error.strerror}; another port, or --port 0 for a free one"
+        ) from None
+    listening.set_inheritable(True)
+    return listening
+
+
+def _environment(options: Options, settings: Settings, redis_url: str) -> dict[str, str]:
+    """What the children are told beyond what we were told ourselves."""
+    root = str(Path(__file__).parent.parent)
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "REDIS_URL": redis_url, "REJOIN_HOST": options.host}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
+    if settings.secret is None:
+        env["REJOIN_SECRET"] = _secret(options.data)
+    return env
+
+
+def _store(data: Path, settings: Settings) -> tuple[str, list[str] | None]:
+    """The store's URL, and the command line of the embedded one; None when REDIS_URL names one that runs elsewhere."""
+    if "redis_url" in settings.model_fields_set:
+        return settings.redis_url, None
+    folder = data.resolve() / "valkey"
+    folder.mkdir(exist_ok=True)
+    path = data.resolve() / "valkey.sock"
+    if socket_fits(path):
+        return f"unix://{path}", server_argv(folder, socket=path)
+    with socket.socket() as free:  # the path is too long for a Unix socket: a free loopback port
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return f"redis://127.0.0.1:{port}/0", server_argv(folder, port=port)
+
+
+def _secret(data: Path) -> str:
+    """The HMAC key of this data folder, made once, readable by its owner only."""
+    path = data / "secret"
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    return path.read_text().strip()

@@ -1,0 +1,173 @@
+"""`rejoin up` as a newcomer runs it: one command, no Redis, no key, no container; and what it does when parts die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.conftest import start_rejoin_up
+from tests.processes import ROOT, Processes, free_port
+from tests.reader import Reader, check_history
+from tests.waiting import wait_until
+
+
+async def _post(url: str, prompt: str = "hello", model: str = "demo") -> httpx2.Response:
+    async with httpx2.AsyncClient(trust_env=False) as http:
+        return await http.post(f"{url}/v1/generations", json={"model": model, "prompt": prompt})
+
+
+def _children(pid: int, word: str) -> list[int]:
+    """The pids of the supervisor's own children whose command line holds `word`."""
+    found = []
+    for line in subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines():
+        child, parent, args = line.strip().split(None, 2)
+        if int(parent) == pid and word in args:
+            found.append(int(child))
+    return found
+
+
+async def test_the_main_journey_survives_every_part_dying_once(processes: Processes, tmp_path: Path) -> None:
+    """Start, stream; then the worker, the api and the store are killed in turn, and the text is whole in the end."""
+    up = await start_rejoin_up(processes, tmp_path / "data", REJOIN_DEMO_WORDS_PER_SECOND="20")
+    generation = (await _post(up.url)).json()
+    reader = Reader(up.url + generation["events_url"])
+    reading = asyncio.create_task(reader.read_to_end(timeout=90))
+    for word in ("-m worker", "-m api", "valkey"):
+        seen = len(reader.blocks)
+        await wait_until(lambda seen=seen: len(reader.blocks) > seen + 10, timeout=30)
+        victims = _children(up.process.pid, word)
+        assert len(victims) == 1, word
+        os.kill(victims[0], signal.SIGKILL)
+    await reading
+    check_history(reader.blocks)
+    again = await Reader(reader.url).read_to_end()
+    assert again.text == reader.text and again.terminal is not None
+    assert again.terminal.event == "generation.completed"
+    up.process.signal(signal.SIGINT)
+    assert await up.process.wait() == 0
+
+
+async def test_ctrl_c_drains_and_the_next_start_finds_everything(processes: Processes, tmp_path: Path) -> None:
+    """Ctrl-C lets a running generation end; after the next start its text is still there."""
+    data = tmp_path / "data"
+    up = await start_rejoin_up(processes, data, REJOIN_DEMO_WORDS_PER_SECOND="60")
+    generation = (await _post(up.url)).json()
+    await Reader(up.url + generation["events_url"]).connect(stop_after=10)
+    up.process.signal(signal.SIGINT)
+    assert await up.process.wait() == 0
+    assert not _children(up.process.pid, "")
+    up = await start_rejoin_up(processes, data)
+    reader = await Reader(up.url + generation["events_url"]).read_to_end()
+    assert reader.terminal is not None and reader.terminal.event == "generation.completed"
+    starts = [block for block in reader.blocks if block.event == "generation.started"]
+    assert len(starts) == 1, "it was run again, though there was time to end it"
+
+
+async def test_two_workers_and_a_secret_of_its_own(processes: Processes, tmp_path: Path) -> None:
+    """`--workers 2` starts two; the secret is made once and readable by its owner only; one house for one folder."""
+    data = tmp_path / "data"
+    up = await start_rejoin_up(processes, data, "--workers", "2")
+    assert len(_children(up.process.pid, "-m worker")) == 2
+    assert stat.S_IMODE((data / "secret").stat().st_mode) == 0o600
+    second = await processes.start("rejoin-up", [sys.executable, "-m", "cli", "up", "--port", "0", "--data", str(data)])
+    assert await second.wait() == 2
+    assert "another `rejoin up` uses" in second.log() and "Traceback" not in second.log()
+
+
+async def test_a_long_path_gets_a_loopback_port_instead_of_a_socket(processes: Processes, tmp_path: Path) -> None:
+    """A folder whose path is too long for a Unix socket works all the same."""
+    up = await start_rejoin_up(processes, tmp_path / ("long" * 25), REJOIN_DEMO_WORDS_PER_SECOND="1000")
+    assert (await _post(up.url)).status_code == 202
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield int(sock.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "says"),
+    [
+        (["--host", "0.0.0.0"], {}, "set REJOIN_API_KEYS"),
+        ([], {"REJOIN_LEASE_SECONDS": "soon"}, "REJOIN_LEASE_SECONDS"),
+        ([], {"REJOIN_MODELS": "/nowhere.toml"}, "REJOIN_MODELS"),
+        ([], {"REJOIN_DEFAULT_MODEL": "gpt-x"}, "REJOIN_DEFAULT_MODEL"),
+        (["--port", "BUSY"], {}, "another port, or --port 0"),
+    ],
+)
+async def test_what_is_wrong_stops_the_start_with_one_line(
+    processes: Processes, tmp_path: Path, busy_port: int, arguments: list[str], env: dict[str, str], says: str
+) -> None:
+    """A wrong setting or option ends the start at once, with exit code 2 and one line that names it."""
+    if "BUSY" in arguments:
+        arguments = ["--port", str(busy_port)]
+    argv = [sys.executable, "-m", "cli", "up", "--data", str(tmp_path / "data"), *arguments]
+    process = await processes.start("rejoin-up", argv, env)
+    assert await process.wait() == 2
+    lines = process.log().strip().splitlines()
+    assert len(lines) == 1 and says in lines[0], process.log()
+
+
+async def test_an_unknown_model_says_which_key_is_missing(rejoin_up: object) -> None:
+    """Without an OpenAI key, asking for another model than `demo` names the variable to set."""
+    answer = await _post(rejoin_up.url, model="gpt-5")  # type: ignore[attr-defined]
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "model_not_found" and "OPENAI_API_KEY" in answer.json()["detail"]
+
+
+async def test_arqs_own_command_runs_the_worker_too(processes: Processes, rejoin_env: dict[str, str]) -> None:
+    """`arq worker.settings.WorkerSettings` and `uvicorn api.app:create_app --factory` work, only slower to start."""
+    port = free_port()
+    uvicorn = ["-m", "uvicorn", "api.app:create_app", "--factory", "--port", str(port), "--no-access-log"]
+    await processes.start("api", [sys.executable, *uvicorn], rejoin_env)
+    worker = await processes.start(
+        "worker", [sys.executable, "-m", "arq", "worker.settings.WorkerSettings"], rejoin_env
+    )
+    await worker.says("worker.ready")
+    url = f"http://127.0.0.1:{port}"
+
+    async def reachable() -> bool:
+        try:
+            async with httpx2.AsyncClient(trust_env=False) as http:
+                return (await http.get(url + "/readyz")).status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    await wait_until(reachable, timeout=20)
+    generation = (await _post(url)).json()
+    reader = await Reader(url + generation["events_url"]).read_to_end()
+    assert reader.terminal is not None and reader.terminal.event == "generation.completed"
+    assert await worker.terminate() in (0, 1, -signal.SIGTERM)
+
+
+async def test_the_worker_says_whether_it_is_alive(processes: Processes, rejoin_env: dict[str, str]) -> None:
+    """`python -m worker --health` fails while no worker lives, and succeeds when one does."""
+    health = [sys.executable, "-m", "worker", "--health"]
+    assert await (await processes.start("health", health, rejoin_env)).wait() == 1
+    worker = await processes.start("worker", [sys.executable, "-m", "worker"], rejoin_env)
+    await worker.says("worker.ready")
+
+    async def alive() -> bool:
+        return await (await processes.start("health", health, rejoin_env)).wait() == 0
+
+    await wait_until(alive, timeout=15, every=0.1)
+
+
+def test_version_and_help_answer_without_a_store() -> None:
+    """`rejoin --help` explains itself."""
+    run = subprocess.run([sys.executable, "-m", "cli", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 0 and re.search(r"up\s+start the store", run.stdout)

@@ -149,7 +149,8 @@ def setting_name(field_name: str) -> str:
 class ModelRoute(BaseModel):
     """Where the prompts for one model name go. Times in seconds; `concurrency` is per worker process.
 
-    `upstream_model` is the name the upstream knows; `*` passes the caller's own on."""
+    `upstream_model` is the name the upstream knows; `*` passes the caller's own on. `continuation`: how this upstream
+    is asked to go on with an answer that a lost worker began; `repeats_prefix`: it then says the beginning again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -162,6 +163,8 @@ class ModelRoute(BaseModel):
     inter_token_seconds: float = Field(30.0, gt=0)
     retry_seconds: float = Field(30.0, ge=0)
     concurrency: int | None = Field(None, ge=1)
+    continuation: Literal["none", "continue_final_message", "prefix"] = "none"
+    repeats_prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to write one attempt: `epoch` numbers its entries. `seconds_left` until the deadline."""
+    """The right to write one attempt: `epoch` numbers its entries. `seconds_left` until the deadline.
+    `continued`: it goes on from the tail that was named, and voids nothing."""
 
     generation_id: str
     epoch: int
@@ -67,6 +68,7 @@ class Claim:
     provider: str
     prompt: bytes
     seconds_left: float
+    continued: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +184,27 @@ class EventLog:
 
     # --- the worker's side
 
-    async def claim(self, hint: Hint, nonce: str, *, continues: str = "") -> Claim | None:
-        """Take the generation for one attempt, or None: the hint is stale, drop it. `nonce` makes a retry safe."""
+    async def claim(self, hint: Hint, nonce: str, *, owner: str = "", continues: str = "") -> Claim | None:
+        """Take the generation for one attempt, or None: the hint is stale, drop it. `nonce` makes a retry safe.
+
+        `owner` names the process, for a supervisor that sees it die. `continues` is the tail this worker could go on
+        from; whether the attempt does so is in the claim: the tail may have moved, or the server may be another."""
         args: list[Any] = [hint.generation_id, self.keys.push(hint.generation_id), hint.epoch, nonce, self._lease_ms]
-        args += [_ms(self._settings.max_generation_seconds), ALIVE_MS, self._log_ms, self._order_ms, continues]
+        args += [_ms(self._settings.max_generation_seconds), ALIVE_MS, self._log_ms, self._order_ms, owner, continues]
         reply = await self._run("claim", self._keys_of(hint.generation_id), args)
         if reply[0] != b"OK":
             return None
-        _, epoch, attempt, model, provider, prompt, left = reply
+        epoch, attempt = int(reply[1]), int(reply[2])
+        model, provider, prompt, left, mode = reply[3:]
         return Claim(
-            hint.generation_id, int(epoch), int(attempt), model.decode(), provider.decode(), prompt, int(left) / 1000
+            generation_id=hint.generation_id,
+            epoch=epoch,
+            attempt=attempt,
+            model=model.decode(),
+            provider=provider.decode(),
+            prompt=prompt,
+            seconds_left=int(left) / 1000,
+            continued=mode == b"continued",
         )
 
     async def append(self, appends: Sequence[Append]) -> list[Answer]:

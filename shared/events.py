@@ -63,11 +63,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """`at`: Unix milliseconds, on the first output of an attempt only."""
+    """`at`: Unix milliseconds, on the first output of an attempt only. `cursor`: the place in the upstream's own
+    stream, where it has one that a worker can come back to."""
 
     type: ClassVar[str] = "text.delta"
     text: str
     at: int | None = None
+    cursor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class ReasoningDelta:
     type: ClassVar[str] = "reasoning.delta"
     text: str
     at: int | None = None
+    cursor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class RefusalDelta:
     type: ClassVar[str] = "refusal.delta"
     text: str
     at: int | None = None
+    cursor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,16 @@ class ToolCallDelta:
     name: str | None = None
     arguments: str = ""
     at: int | None = None
+    cursor: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamAccepted:
+    """The upstream took the prompt under this id, before it said a word: a later attempt can ask for that answer again
+    instead of paying for another."""
+
+    type: ClassVar[str] = "upstream.accepted"
+    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +163,8 @@ class Cancelled:
     at: int | None = None
 
 
-Output: TypeAlias = TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta | SourceAdded
+Delta: TypeAlias = TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta
+Output: TypeAlias = Delta | SourceAdded | UpstreamAccepted
 Terminal: TypeAlias = Completed | Failed | Cancelled
 Event: TypeAlias = Queued | Started | Output | Terminal
 
@@ -161,6 +176,7 @@ EVENTS: tuple[type[Event], ...] = (
     RefusalDelta,
     ToolCallDelta,
     SourceAdded,
+    UpstreamAccepted,
     Completed,
     Failed,
     Cancelled,
@@ -278,6 +294,8 @@ class Snapshot:
                 self._first(event.at)
             case SourceAdded() as event:
                 self.sources.append(asdict(event))
+            case UpstreamAccepted():  # for workers
+                pass
             case Completed() | Failed() | Cancelled() as event:
                 self._finish(event)
             case None:  # an event of a newer version: a reader skips what it does not know

@@ -98,6 +98,7 @@ class Script:
     stall_at: int | None = None
     stall_end: bool = False  # after the finish reason
     keep_alive: bool = False  # more requests over one connection
+    repeats_prefix: bool = False  # asked to go on with an assistant's message, say its words again first
 
     def outputs(self, seed: str) -> list[str | bytes]:
         """The content chunks of an answer to a prompt whose last user text is `seed`."""
@@ -317,10 +318,21 @@ class _Answer:
     def _outputs(self) -> Iterator[bytes]:
         script = self._script
         yield from (self._frame({script.reasoning_field: text}) for text in script.reasoning)
-        for chunk in script.outputs(_last_user_text(self._request.body)):
+        for chunk in self._contents():
             yield chunk if isinstance(chunk, bytes) else self._frame({"content": chunk})
         yield from (self._frame({"refusal": text}) for text in script.refusal)
         yield from (self._frame({"tool_calls": [dict(fragment)]}) for fragment in script.tool_calls)
+
+    def _contents(self) -> Iterator[str | bytes]:
+        """The content of the answer, or of its rest, where the request is to go on with an assistant's message."""
+        outputs, begun = self._script.outputs(_last_user_text(self._request.body)), _begun(self._request.body)
+        if begun and self._script.repeats_prefix:
+            yield begun
+        while begun:
+            chunk = outputs.pop(0)
+            assert isinstance(chunk, str) and begun.startswith(chunk), "asked to go on from words that were not said"
+            begun = begun[len(chunk) :]
+        yield from outputs
 
     async def _misbehave(self, number: int) -> None:
         script = self._script
@@ -403,6 +415,14 @@ def _last_user_text(body: Mapping[str, Any]) -> str:
     contents = [message.get("content") for message in body.get("messages", ()) if message.get("role") == "user"]
     last = contents[-1] if contents else ""
     return last if isinstance(last, str) else "".join(str(part.get("text", "")) for part in last or ())
+
+
+def _begun(body: Mapping[str, Any]) -> str:
+    """The words to go on from: those of the last message, where the request asks for it as vLLM or Mistral do."""
+    last = (body.get("messages") or [{}])[-1]
+    if last.get("role") != "assistant" or not (body.get("continue_final_message") or last.get("prefix")):
+        return ""
+    return str(last.get("content", ""))
 
 
 async def _main() -> None:

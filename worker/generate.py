@@ -10,17 +10,29 @@ import asyncio
 import secrets
 import time
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from shared.config import ModelTable, Settings
 from shared.errors import CallerError, OurError, UpstreamError
 from shared.event_log import Claim, EventLog, Hint
-from shared.events import Completed, Failed, Output, SourceAdded, Terminal, encode, outcome
+from shared.events import (
+    Completed,
+    Failed,
+    Output,
+    SourceAdded,
+    Terminal,
+    UpstreamAccepted,
+    decode,
+    encode,
+    format_id,
+    outcome,
+)
 from shared.jobs import Jobs
 from shared.observability import logger, place_of
 from shared.prompt import Prompt
 from shared.redis import TROUBLE
 from worker import providers
+from worker.providers import Said
 from worker.writer import Attempt, Lost, Writer
 
 FLUSH_SECONDS = 1.0  # how long a stopping worker waits for its last events to be written
@@ -30,8 +42,11 @@ log = logger("generate")
 class Generator:
     """What every job of this worker shares: the log, the writer, the providers."""
 
-    def __init__(self, settings: Settings, models: ModelTable, event_log: EventLog, jobs: Jobs, writer: Writer) -> None:
+    def __init__(
+        self, settings: Settings, models: ModelTable, event_log: EventLog, jobs: Jobs, writer: Writer, owner: str
+    ) -> None:
         self._settings = settings
+        self._owner = owner
         self._models = models
         self._event_log = event_log
         self._jobs = jobs
@@ -42,14 +57,22 @@ class Generator:
     async def generate(self, hint: Hint) -> None:
         """Run what the hint points to, if it still wants a worker. Cancelled: hand it over."""
         sent_at = time.monotonic()
-        claim = await self._claim(hint)
+        past = await self._past(hint)
+        claim = await self._claim(hint, past.tail if past else "")
         if claim is None:
             log.debug("hint.stale", generation_id=hint.generation_id, epoch=hint.epoch)
             return
-        log.info("generation.started", generation_id=claim.generation_id, attempt=claim.attempt, model=claim.model)
+        said = past.said if past and claim.continued else None
+        log.info(
+            "generation.started",
+            generation_id=claim.generation_id,
+            attempt=claim.attempt,
+            model=claim.model,
+            mode="continued" if said else "fresh",
+        )
         with self._writer.open(claim, sent_at) as attempt:
             try:
-                await self._run(claim, attempt)
+                await self._run(claim, attempt, said)
             except asyncio.CancelledError:
                 # The worker is stopping. This is the edge of the job: ARQ would only log a traceback of it.
                 await asyncio.shield(self._hand_over(attempt))
@@ -64,8 +87,23 @@ class Generator:
         for provider in self._providers.values():
             await provider.aclose()
 
-    async def _claim(self, hint: Hint) -> Claim | None:
-        claiming = asyncio.ensure_future(self._event_log.claim(hint, secrets.token_hex(16)))
+    async def _past(self, hint: Hint) -> Past | None:
+        """What an earlier attempt left, where the provider can go on from it."""
+        if hint.epoch == 0:  # nobody has had it yet
+            return None
+        try:
+            past = await _read_past(self._event_log, hint.generation_id)
+            if past is None or not self._provider(past.prompt.model).can_continue(past.prompt, past.said):
+                return None
+            return past
+        except (*TROUBLE, CallerError) as error:  # a fresh start is always possible
+            log.warning("past.not_read", generation_id=hint.generation_id, error=type(error).__name__)
+            return None
+
+    async def _claim(self, hint: Hint, tail: str) -> Claim | None:
+        claiming = asyncio.ensure_future(
+            self._event_log.claim(hint, secrets.token_hex(16), owner=self._owner, continues=tail)
+        )
         try:
             claim, _ = await asyncio.gather(asyncio.shield(claiming), self._take(hint))
             return claim
@@ -84,10 +122,10 @@ class Generator:
         except TROUBLE:
             log.debug("hint.not_taken", generation_id=hint.generation_id)  # ARQ takes it off at the job's end
 
-    async def _run(self, claim: Claim, attempt: Attempt) -> None:
+    async def _run(self, claim: Claim, attempt: Attempt, said: Said | None) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                driving = group.create_task(self._drive(claim, attempt))
+                driving = group.create_task(self._drive(claim, attempt, said))
                 attempt.on_lost = driving.cancel
         except* Lost:
             pass
@@ -96,8 +134,8 @@ class Generator:
         if attempt.lost:
             log.info("generation.lost", generation_id=claim.generation_id, attempt=claim.attempt, reason=attempt.lost)
 
-    async def _drive(self, claim: Claim, attempt: Attempt) -> None:
-        terminal = await self._answer(claim, attempt)
+    async def _drive(self, claim: Claim, attempt: Attempt, said: Said | None) -> None:
+        terminal = await self._answer(claim, attempt, said)
         finished = replace(terminal, at=_redis_now(claim, attempt))
         attempt.put(encode(finished), outcome(finished))
         await attempt.settled()
@@ -111,11 +149,11 @@ class Generator:
             **fields,
         )
 
-    async def _answer(self, claim: Claim, attempt: Attempt) -> Terminal:
+    async def _answer(self, claim: Claim, attempt: Attempt, said: Said | None) -> Terminal:
         """Every way an answer can end, as the terminal event that says so."""
         try:
             async with asyncio.timeout(max(claim.seconds_left, 0.001)) as deadline, self._slot(claim.model):
-                return await self._stream(claim, attempt)
+                return await self._stream(claim, attempt, said)
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -132,15 +170,16 @@ class Generator:
             )
             return Failed("internal_error", "the worker failed on this generation; its log has the place")
 
-    async def _stream(self, claim: Claim, attempt: Attempt) -> Completed:
+    async def _stream(self, claim: Claim, attempt: Attempt, said: Said | None) -> Completed:
         prompt = Prompt.from_json(claim.prompt)
         first = True
-        async with aclosing(self._provider(claim.model).stream(prompt)) as events:  # type: ignore[type-var]
+        async with aclosing(self._provider(claim.model).stream(prompt, said)) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, Completed):
                     return event
-                attempt.put(encode(_stamped(event, claim, attempt) if first else event))
-                first = False
+                if first and not isinstance(event, SourceAdded | UpstreamAccepted):
+                    event, first = replace(event, at=_redis_now(claim, attempt)), False
+                attempt.put(encode(event))
                 if attempt.must_wait:
                     await attempt.ready()
         raise UpstreamError("the model's answer ended without saying that it was complete", code="upstream_truncated")
@@ -188,5 +227,27 @@ def _redis_now(claim: Claim, attempt: Attempt) -> int:
     return claim.epoch + round((time.monotonic() - attempt.started_at) * 1000)
 
 
-def _stamped(event: Output, claim: Claim, attempt: Attempt) -> Output:
-    return event if isinstance(event, SourceAdded) else replace(event, at=_redis_now(claim, attempt))
+@dataclass(frozen=True)
+class Past:
+    """What an earlier attempt left behind: the prompt, the outputs that stand, and the id of the log's last entry."""
+
+    prompt: Prompt
+    said: Said
+    tail: str
+
+
+async def _read_past(event_log: EventLog, generation_id: str) -> Past | None:
+    order, asked = await event_log.order(generation_id), await event_log.asked(generation_id)
+    if order is None or asked is None or order.fresh is None:
+        return None
+    outputs: list[Output] = []
+    tail = after = format_id((order.fresh, 0)).decode()
+    while page := await event_log.read(generation_id, after):
+        tail = after = page[-1].id.decode()
+        for entry in page:
+            event = decode(entry.data)
+            if event is None or isinstance(event, Terminal):
+                return None
+            if isinstance(event, Output):
+                outputs.append(event)
+    return Past(asked[0], Said(outputs), tail)

@@ -21,7 +21,7 @@ from shared.observability import logger, place_of
 from shared.reaper import reap_forever
 from shared.redis import TROUBLE, Client, Keys, connect, queue_url, when_reachable
 from worker.generate import Generator
-from worker.heartbeat import hear_nudges, renew_leases, show_life
+from worker.heartbeat import hear_nudges, renew_leases, show_life, worker_name
 from worker.writer import Writer
 
 JOBS_PER_POLL = 16  # a worker takes a few hints at a time, so that a burst spreads over all workers
@@ -42,7 +42,7 @@ class Runtime:
         self.jobs = Jobs(self.queue, self.keys)
         writer = Writer(EventLog(connect(settings.redis_url, connections=1), settings), settings.lease_seconds)
         self.event_log, self.writer = event_log, writer
-        self.generator = Generator(settings, model_table(settings), event_log, self.jobs, writer)
+        self.generator = Generator(settings, model_table(settings), event_log, self.jobs, writer, worker_name())
         self._stopping = asyncio.Event()
         self._owner: asyncio.Task[None] | None = None
 

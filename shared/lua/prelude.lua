@@ -22,6 +22,12 @@ local function next_epoch(epoch, now)
   return math.max(epoch + 1, now)
 end
 
+-- The run id of this server process; '' where it is not told.
+local function server_run()
+  local info = redis.pcall('INFO', 'server')
+  return type(info) == 'string' and string.match(info, 'run_id:(%x+)') or ''
+end
+
 -- The last entry of a log: its id, epoch and seq; nil when there is no log.
 local function tail_of(log)
   local last = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]

@@ -51,7 +51,7 @@ def test_the_scripts_keep_the_protocol_on_a_real_server(redis_url: str, key_pref
                 await pipe.execute()
 
         async def forget(self) -> None:
-            await self.redis.delete(clock, *self.all_keys())
+            await self.redis.delete(clock, self.server_key, *self.all_keys())
 
         async def close_all(self) -> None:
             await self.forget()

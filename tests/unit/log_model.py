@@ -62,6 +62,8 @@ class Order:
     misses: int = 0
     hints: int = 1
     deleted: bool = False
+    continued: bool = False
+    server: int | None = None  # the one that took the newest claim
     text: str = ""
 
     @property
@@ -84,6 +86,7 @@ class Claimed:
     epoch: int
     attempt: int
     seconds_left: float
+    continued: bool
 
 
 @dataclass
@@ -92,6 +95,7 @@ class Model:
 
     settings: Settings
     now: int
+    server: int = 1  # which one it is; a failover makes it another
     orders: dict[str, Order] = field(default_factory=dict)
     stray_leases: dict[str, int] = field(default_factory=dict)  # of orders that expired before anyone looked
     reaper: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -128,6 +132,7 @@ class Model:
     def restore(self, snapshot: Any) -> None:
         """A failover that lost all that was written since the snapshot."""
         self.orders, self.stray_leases, self.reaper = copy.deepcopy(snapshot)
+        self.server += 1
         self.tick(0)
 
     def leases(self, partition: str) -> dict[str, int]:
@@ -163,10 +168,8 @@ class Model:
             return None
         if order.nonce == nonce:
             assert order.deadline is not None
-            return Claimed(order.epoch, order.attempts, (order.deadline - self.now) / 1000)
+            return Claimed(order.epoch, order.attempts, (order.deadline - self.now) / 1000, order.continued)
         if order.ended or order.held or order.epoch != hint.epoch or order.tail is None:
-            return None
-        if continues and continues != order.tail.id.decode():
             return None
         if self._abandoned_by_now(order):
             self._cancel_abandoned(hint.generation_id, order)
@@ -175,17 +178,19 @@ class Model:
         if self.now > deadline:
             self._fail(hint.generation_id, order, "deadline_exceeded")
             return None
+        order.continued = order.server == self.server and continues == order.tail.id.decode()
+        order.server = self.server
         order.epoch = self._next_epoch(hint.generation_id, order)
         order.attempts += 1
         order.nonce, order.status, order.misses, order.deadline = nonce, "in_progress", 0, deadline
         order.lease_until = self.now + self.lease_ms
         order.touched, order.lives_until, order.log_lives_until = self.now, self.now + ALIVE_MS, self.now + ALIVE_MS
-        if not continues:
-            order.text = ""
-        mode = "continued" if continues else "fresh"
-        started = Started(order.attempts, provider, mode, continues or None)
+        if order.continued:
+            started = Started(order.attempts, provider, "continued", continues)
+        else:
+            order.text, started = "", Started(order.attempts, provider)
         self._write(hint.generation_id, order, f"{order.epoch}-0", encode(started))
-        return Claimed(order.epoch, order.attempts, (deadline - self.now) / 1000)
+        return Claimed(order.epoch, order.attempts, (deadline - self.now) / 1000, order.continued)
 
     def append(self, one: Append) -> Answer:
         order = self.orders.get(one.generation_id)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from shared.config import ModelRoute, Settings
 from shared.events import Completed, TextDelta
 from shared.prompt import Prompt
-from worker.providers import build
+from worker.providers import Said, build
 from worker.providers.demo import answer
+
+ROUTE = ModelRoute(name="demo", provider="demo", upstream_model="demo")
 
 
 def prompt(text: str = "What is a log?", **fields: Any) -> Prompt:
@@ -22,7 +24,7 @@ def prompt(text: str = "What is a log?", **fields: Any) -> Prompt:
 
 async def ask(asked: Prompt, words_per_second: float = 100_000) -> list[TextDelta | Completed]:
     settings = Settings(_env_file=None, demo_words_per_second=words_per_second)
-    one = build(settings, ModelRoute(name="demo", provider="demo", upstream_model="demo"))
+    one = build(settings, ROUTE)
     got = [event async for event in one.stream(asked)]
     await one.aclose()
     return got  # type: ignore[return-value]
@@ -77,8 +79,20 @@ async def test_the_words_come_at_the_pace_and_the_first_at_once() -> None:
     start = clock()
     settings = Settings(_env_file=None, demo_words_per_second=100)
     times = []
-    one = build(settings, ModelRoute(name="demo", provider="demo", upstream_model="demo"))
+    one = build(settings, ROUTE)
     async for _ in one.stream(prompt(max_tokens=11)):
         times.append(clock() - start)
     assert times[0] < 0.05
     assert 0.1 <= times[10] < 0.3
+
+
+async def test_it_goes_on_from_any_of_its_own_words() -> None:
+    """What was said and what follows are the whole answer, whatever the place; from other words it does not go on."""
+    whole = await ask(prompt())
+    one = build(Settings(_env_file=None, demo_words_per_second=100_000), ROUTE)
+    for place in (1, 7, len(whole) - 1):
+        said = Said(whole[:place])  # type: ignore[arg-type]
+        assert one.can_continue(prompt(), said)
+        assert whole[:place] + [event async for event in one.stream(prompt(), said)] == whole
+    assert not one.can_continue(prompt("Another question"), Said(whole[:30]))  # type: ignore[arg-type]
+    assert not one.can_continue(prompt(), Said([]))

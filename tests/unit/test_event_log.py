@@ -209,18 +209,36 @@ async def test_a_claim_is_refused_when_it_has_ended(event_log: EventLog) -> None
     assert await event_log.claim(Hint(new_id(), 0, 1), "another") is None
 
 
-async def test_a_continued_claim_goes_on_from_the_tail_and_from_nothing_else(event_log: EventLog) -> None:
-    """`continues` is the id of the tail, checked by the claim; it voids nothing."""
+async def test_a_continued_claim_goes_on_from_the_tail(event_log: EventLog) -> None:
+    """`continues` is the id of the tail; such an attempt voids nothing, and a retry of its claim is told the same."""
     claimed = await running(event_log)
     await append(event_log, claimed, 1, token("Hel"))
     await event_log.release(claimed.generation_id, claimed.epoch)
     hint = Hint(claimed.generation_id, claimed.epoch, 2)
-    assert await event_log.claim(hint, "nonce", continues=f"{claimed.epoch}-0") is None
     second = await event_log.claim(hint, "nonce", continues=f"{claimed.epoch}-1")
-    assert second is not None and second.attempt == 2
+    assert second is not None and second.attempt == 2 and second.continued
+    again = await event_log.claim(hint, "nonce", continues=f"{claimed.epoch}-1")
+    assert again is not None and (again.epoch, again.continued) == (second.epoch, True)
     await append(event_log, second, 1, token("lo"))
     assert fold(await event_log.read(claimed.generation_id)).text == "Hello"
     assert (await order_of(event_log, claimed.generation_id)).fresh == claimed.epoch
+
+
+@pytest.mark.parametrize("why", ["the tail moved", "another server", "a server that does not tell its run id"])
+async def test_an_attempt_that_cannot_go_on_starts_afresh(event_log: EventLog, why: str) -> None:
+    """Words that readers have seen may be missing from what this server has: nothing is spliced to them."""
+    claimed = await running(event_log)
+    await append(event_log, claimed, 1, token("Hel"))
+    await event_log.release(claimed.generation_id, claimed.epoch)
+    told = {"another server": "0" * 40, "a server that does not tell its run id": ""}
+    if why in told:
+        await event_log.redis.hset(event_log.keys.order(claimed.generation_id), "server", told[why])
+    tail = f"{claimed.epoch}-{0 if why == 'the tail moved' else 1}"
+    second = await event_log.claim(Hint(claimed.generation_id, claimed.epoch, 2), "nonce", continues=tail)
+    assert second is not None and not second.continued
+    assert (await order_of(event_log, claimed.generation_id)).fresh == second.epoch
+    await append(event_log, second, 1, token("Hello"))
+    assert fold(await event_log.read(claimed.generation_id)).text == "Hello"
 
 
 async def test_ids_are_written_in_digits_however_large(event_log: EventLog) -> None:

@@ -25,6 +25,7 @@ from shared.events import (
     Started,
     TextDelta,
     ToolCallDelta,
+    UpstreamAccepted,
     Usage,
     decode,
     encode,
@@ -44,10 +45,11 @@ usages = st.none() | st.builds(Usage, numbers, numbers, numbers, numbers, number
 EVENT_STRATEGIES: dict[type[Event], st.SearchStrategy[Any]] = {
     Queued: st.builds(Queued, words, numbers),
     Started: st.builds(Started, numbers, words, st.sampled_from(["fresh", "continued"]), said_or_not),
-    TextDelta: st.builds(TextDelta, words, at),
-    ReasoningDelta: st.builds(ReasoningDelta, words, at),
-    RefusalDelta: st.builds(RefusalDelta, words, at),
-    ToolCallDelta: st.builds(ToolCallDelta, numbers, said_or_not, said_or_not, words, at),
+    TextDelta: st.builds(TextDelta, words, at, at),
+    ReasoningDelta: st.builds(ReasoningDelta, words, at, at),
+    RefusalDelta: st.builds(RefusalDelta, words, at, at),
+    ToolCallDelta: st.builds(ToolCallDelta, numbers, said_or_not, said_or_not, words, at, at),
+    UpstreamAccepted: st.builds(UpstreamAccepted, words),
     SourceAdded: st.builds(
         SourceAdded,
         words,

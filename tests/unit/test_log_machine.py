@@ -47,6 +47,8 @@ SETTINGS = Settings(_env_file=None, log_retention_seconds=100_000, order_retenti
 START_MS = 1_790_000_000_000
 FAILOVER_MS = 100  # epochs may run ahead of the clock by one for each step within a millisecond; no failover is faster
 
+RUN_ID = "redis.pcall('INFO', 'server')"
+
 numbers = st.integers(0, 9)
 TERMINALS = (
     Completed("stop"),
@@ -119,7 +121,14 @@ class LogMachine(RuleBasedStateMachine):
         raise NotImplementedError
 
     def event_log(self) -> EventLog:
-        return EventLog(self.redis, self.settings)
+        """The run id of the server is what a key says: a failover changes it."""
+        source_of, telling = lua.source, f"'run_id:' .. redis.call('GET', '{self.server_key}')"
+        with patch.object(lua, "source", lambda name: source_of(name).replace(RUN_ID, telling)):
+            return EventLog(self.redis, self.settings)
+
+    @property
+    def server_key(self) -> str:
+        return f"server-of-{self.prefix[1:]}"
 
     async def set_clock(self) -> None:
         """Make the time of Redis, the times to live included, what the model says it is."""
@@ -133,6 +142,7 @@ class LogMachine(RuleBasedStateMachine):
     async def open(self) -> None:
         self.redis = await self.connect()
         await self.set_clock()
+        await self.redis.set(self.server_key, self.model.server)
         self.log = self.event_log()
         self.pubsub = self.redis.pubsub()
         await self.pubsub.psubscribe(f"{self.prefix}:push:*", self.keys.nudge)
@@ -280,7 +290,7 @@ class LogMachine(RuleBasedStateMachine):
             assert claim is None and expected is None
             return
         assert (claim.epoch, claim.attempt) == (expected.epoch, expected.attempt)
-        assert claim.seconds_left == expected.seconds_left
+        assert (claim.seconds_left, claim.continued) == (expected.seconds_left, expected.continued)
         order = self.model.orders[hint.generation_id]
         assert claim.prompt == PROMPTS[order.request].to_json()
         if self.model.pushed:
@@ -432,6 +442,7 @@ class LogMachine(RuleBasedStateMachine):
 
     async def _restore(self, dumps: dict[str, bytes]) -> None:
         await self.redis.delete(*self.all_keys())
+        await self.redis.set(self.server_key, self.model.server)
         lives_until = self.lives_until()
         for key, dump in dumps.items():
             if key not in self.generation_keys():

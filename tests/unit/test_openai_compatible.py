@@ -21,7 +21,7 @@ from shared.events import Completed, Output, ReasoningDelta, RefusalDelta, TextD
 from shared.prompt import Prompt
 from tests.upstream import Script, Upstream, delta, frame, words
 from tests.waiting import wait_until
-from worker.providers import Provider, build, openai_compatible
+from worker.providers import Provider, Said, build, openai_compatible
 from worker.providers.openai_compatible import Answer, ServerSentEvents, retry_after_seconds
 
 KEY = "sk-never-to-be-shown"
@@ -496,7 +496,7 @@ async def test_a_slow_consumer_is_not_taken_for_a_silent_upstream(upstream: Upst
 async def test_many_streams_run_at_once(upstream: Upstream) -> None:
     """A hundred and fifty answers over one provider arrive whole and leave no socket open."""
     upstream.script("m", Script(count=30, pace_seconds=0.005))
-    async with provider(upstream.base_url) as one:
+    async with provider(upstream.base_url, first_token_seconds=60, inter_token_seconds=60) as one:  # a busy machine
 
         async def text(number: int) -> str:
             question = prompt(messages=[{"role": "user", "content": f"question {number}"}])
@@ -575,3 +575,67 @@ def test_an_event_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
     assert answer.problem is None
     answer.read(b"x" * 200)
     assert answer.problem and answer.problem[0] == "upstream_invalid"
+
+
+# Going on with what a lost worker began
+
+
+HOW_TO_GO_ON = [
+    {"continuation": "continue_final_message"},
+    {"continuation": "prefix"},
+    {"continuation": "prefix", "repeats_prefix": True},
+]
+
+
+def said(*texts: str) -> Said:
+    return Said([TextDelta(text) for text in texts])
+
+
+async def go_on(upstream: Upstream, script: Script, before: Said, asked: Prompt | None = None, **fields: Any) -> Any:
+    upstream.script("m", script)
+    async with provider(upstream.base_url, **fields) as one:
+        return [event async for event in one.stream(asked or prompt(), before)]
+
+
+@pytest.mark.parametrize("fields", HOW_TO_GO_ON)
+async def test_an_answer_is_taken_up_where_it_was_left(upstream: Upstream, fields: dict[str, Any]) -> None:
+    """The upstream is given the words that were said, as it wants them, and only what follows them is heard."""
+    script = Script(count=50, repeats_prefix=bool(fields.get("repeats_prefix")))
+    words = [chunk for chunk in script.outputs(QUESTION) if isinstance(chunk, str)]
+    got = await go_on(upstream, script, said(*words[:20]), **fields)
+    assert text_of(got) == "".join(words[20:])
+    assert isinstance(got[-1], Completed)
+    body = upstream.requests_of("m")[-1].body
+    assert body["messages"][-1]["content"] == "".join(words[:20])
+    assert body.get("add_generation_prompt", True) is (fields["continuation"] == "prefix")
+
+
+async def test_another_beginning_than_the_one_that_was_said_is_no_answer(upstream: Upstream) -> None:
+    """An upstream that should repeat the words and begins anew would be spliced to them."""
+    with pytest.raises(UpstreamError) as failure:
+        before, anew = said("Once "), delta(content="Upon ")
+        script = Script(chunks=["Once ", anew], repeats_prefix=False)
+        await go_on(upstream, script, before, continuation="prefix", repeats_prefix=True)
+    assert failure.value.code == "upstream_invalid"
+
+
+async def test_what_was_said_counts_against_the_limit(upstream: Upstream) -> None:
+    """Of ten tokens four were said: six are asked for. When all were said, nobody is asked."""
+    before, fields = said("a", "b", "c", "d"), {"continuation": "prefix"}
+    await go_on(upstream, Script(chunks=["a", "b", "c", "d", "e"]), before, prompt(max_tokens=10), **fields)
+    assert upstream.requests_of("m")[-1].body["max_tokens"] == 6
+    hits = upstream.hits("m")
+    assert await go_on(upstream, Script(), before, prompt(max_tokens=4), **fields) == [Completed("length")]
+    assert upstream.hits("m") == hits
+
+
+async def test_only_plain_text_can_be_taken_up() -> None:
+    """Thoughts, calls, refusals, a schema to keep to, and a route that does not say how: a fresh start."""
+    text = TextDelta("Once ")
+    async with provider(None, continuation="prefix") as one:
+        assert one.can_continue(prompt(), Said([text]))
+        for outputs in ([], [ReasoningDelta("hm"), text], [text, ToolCallDelta(0)], [RefusalDelta("no")]):
+            assert not one.can_continue(prompt(), Said(outputs))
+        assert not one.can_continue(prompt(response_format={"type": "json_object"}), Said([text]))
+    async with provider(None) as one:
+        assert not one.can_continue(prompt(), Said([text]))

@@ -5,12 +5,13 @@ A provider knows the upstream and the vocabulary; it knows neither Redis, nor th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, TypeAlias
 
 from shared.config import ModelRoute, Settings
-from shared.events import Completed, Output
+from shared.events import Completed, Output, TextDelta, UpstreamAccepted
 from shared.prompt import Prompt
 
 PROVIDERS = {
@@ -19,11 +20,34 @@ PROVIDERS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the log already holds of an answer whose worker was lost: the outputs that stand, in order."""
+
+    outputs: Sequence[Output]
+
+    def texts(self) -> Iterator[str]:
+        return (event.text for event in self.outputs if isinstance(event, TextDelta))
+
+    @property
+    def is_text_only(self) -> bool:
+        return bool(self.outputs) and all(isinstance(event, TextDelta) for event in self.outputs)
+
+    @property
+    def accepted_id(self) -> str | None:
+        """The id under which the upstream took the prompt, if it told one."""
+        ids = [event.id for event in self.outputs if isinstance(event, UpstreamAccepted)]
+        return ids[-1] if ids else None
+
+
 class Provider(Protocol):
     """One upstream, open for the life of the worker process."""
 
-    def stream(self, prompt: Prompt) -> AsyncIterator[Output | Completed]:
-        """The events of one answer, as they come; the last is `Completed`.
+    def can_continue(self, prompt: Prompt, said: Said) -> bool:
+        """Could `stream` go on behind `said`, so that nobody sees a seam?"""
+
+    def stream(self, prompt: Prompt, said: Said | None = None) -> AsyncIterator[Output | Completed]:
+        """The events of one answer, as they come; the last is `Completed`. With `said`: those that follow it.
 
         Raises UpstreamError, always typed, for every way an upstream can fail; a stream that ends without
         `Completed` was truncated. Cancelling the task that iterates closes the upstream connection at once."""

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator
 from shared.config import ModelRoute, Settings
 from shared.events import Completed, FinishReason, TextDelta, Usage
 from shared.prompt import Prompt
+from worker.providers import Said
 
 _QUOTED_CHARS = 60
 _WORD = re.compile(r"\S+\s*")
@@ -73,12 +74,16 @@ class Demo:
     def __init__(self, words_per_second: float) -> None:
         self._words_per_second = words_per_second
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[TextDelta | Completed, None]:
-        words = _WORD.findall(_until_stop(answer(prompt.last_user_text()), prompt.stop))
+    def can_continue(self, prompt: Prompt, said: Said) -> bool:
+        """The answer is known by heart: it can go on from any word of it."""
+        return bool(said.outputs) and list(said.texts()) == _words(prompt)[: len(said.outputs)]
+
+    async def stream(self, prompt: Prompt, said: Said | None = None) -> AsyncGenerator[TextDelta | Completed, None]:
+        words = _words(prompt)
         spoken = words[: prompt.max_tokens]
         clock = asyncio.get_running_loop().time
         start = clock()
-        for number, word in enumerate(spoken):
+        for number, word in enumerate(spoken[len(said.outputs) if said else 0 :]):
             if number:  # by the clock, not by the interval: a late word does not delay those after it
                 await asyncio.sleep(max(0.0, start + number / self._words_per_second - clock()))
             yield TextDelta(word)
@@ -87,6 +92,10 @@ class Demo:
 
     async def aclose(self) -> None:
         """Nothing is held open."""
+
+
+def _words(prompt: Prompt) -> list[str]:
+    return _WORD.findall(_until_stop(answer(prompt.last_user_text()), prompt.stop))
 
 
 def answer(question: str) -> str:

@@ -26,6 +26,7 @@ from shared.config import MAX_EVENT_TEXT_CHARS, MAX_GENERATION_BYTES, ModelRoute
 from shared.errors import SettingsError, UpstreamError
 from shared.events import Completed, FinishReason, Output, ReasoningDelta, RefusalDelta, TextDelta, ToolCallDelta, Usage
 from shared.prompt import Prompt
+from worker.providers import Said
 
 OPENAI_URL = "https://api.openai.com/v1"
 CONNECT_SECONDS = 10.0
@@ -106,7 +107,11 @@ class OpenAICompatible:
     async def aclose(self) -> None:
         await self._client.close()
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[Output | Completed, None]:
+    def can_continue(self, prompt: Prompt, said: Said) -> bool:
+        """Where the route says how, and as far as it was all text: thoughts, calls and a schema cannot be taken up."""
+        return self._route.continuation != "none" and said.is_text_only and prompt.response_format is None
+
+    async def stream(self, prompt: Prompt, said: Said | None = None) -> AsyncGenerator[Output | Completed, None]:
         """The events of one answer. Raises UpstreamError with a code of FAILURES.
 
         Cancelling the task closes the connection wherever it waits; a consumer that stops early on its own
@@ -114,9 +119,15 @@ class OpenAICompatible:
         if self._is_openai and not self._has_key:
             raise _failure(prompt.model, "missing_key", self._route.api_key_env or "OPENAI_API_KEY")
         clock = asyncio.get_running_loop().time
-        answer = Answer()
+        body = _body(prompt, self._route, self._is_openai)
+        if said is not None:
+            if prompt.max_tokens is not None and prompt.max_tokens <= len(said.outputs):
+                yield Completed("length")
+                return
+            _go_on(body, self._route, said)
+        answer = Answer("".join(said.texts()) if said and self._route.repeats_prefix else "")
         async with AsyncExitStack() as connection:
-            chunks, deadline = await self._open(prompt, connection)
+            chunks, deadline = await self._open(prompt.model, body, connection)
             while data := await self._next(prompt.model, chunks, answer, deadline):
                 outputs = answer.read(data)
                 for output in outputs:
@@ -136,7 +147,9 @@ class OpenAICompatible:
             yield output
         yield Completed(answer.finish_reason, answer.usage)
 
-    async def _open(self, prompt: Prompt, connection: AsyncExitStack) -> tuple[AsyncGenerator[bytes, None], float]:
+    async def _open(
+        self, model: str, body: dict[str, Any], connection: AsyncExitStack
+    ) -> tuple[AsyncGenerator[bytes, None], float]:
         """Send, again if the upstream asks for it or cannot be reached, and tell by when a token must come.
 
         All tries share `retry_seconds`; what was asked in Retry-After beyond that fails at once."""
@@ -147,24 +160,25 @@ class OpenAICompatible:
             tries += 1
             deadline = clock() + self._route.first_token_seconds
             try:
-                return await self._send(prompt, connection, deadline), deadline
+                return await self._send(model, body, connection, deadline), deadline
             except UpstreamError as error:
                 delay = (error.retry_after or 0.0) + _backoff_seconds(tries)
                 if error.code not in RETRIED or tries == MAX_TRIES or clock() + delay > give_up_at:
                     raise
             await asyncio.sleep(delay)
 
-    async def _send(self, prompt: Prompt, connection: AsyncExitStack, deadline: float) -> AsyncGenerator[bytes, None]:
-        body = _body(prompt, self._route, self._is_openai)
+    async def _send(
+        self, model: str, body: dict[str, Any], connection: AsyncExitStack, deadline: float
+    ) -> AsyncGenerator[bytes, None]:
         try:
             async with asyncio.timeout_at(deadline):
                 response = await connection.enter_async_context(self._create(**body))
         except TimeoutError:
-            raise self._timeout(prompt.model, started=False) from None
+            raise self._timeout(model, started=False) from None
         except openai.APIConnectionError as error:
-            raise _broken(prompt.model, error.__cause__) from None
+            raise _broken(model, error.__cause__) from None
         except Refused as refused:
-            raise _failure(prompt.model, *refused.args) from None
+            raise _failure(model, *refused.args) from None
         chunks: AsyncGenerator[bytes, None] = response.http_response.aiter_bytes()
         connection.push_async_callback(chunks.aclose)
         return chunks
@@ -217,9 +231,10 @@ def _broken(model: str, cause: BaseException | None) -> UpstreamError:
 
 class Answer:
     """What was read of one answer so far. `problem`, once set, is a failure's code and detail; after a finish
-    reason it does not matter any more."""
+    reason it does not matter any more. `repeated`: a beginning that was said before and comes again; it is left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, repeated: str = "") -> None:
+        self._repeated = repeated
         self.started = False
         self.finish_reason: FinishReason | None = None
         self.finished_now = False
@@ -286,8 +301,17 @@ class Answer:
             yield from self._tool_call(call, position)
 
     def _text(self, event: TextEvent, text: str) -> Iterator[Output]:
-        for piece in _pieces(self._whole(event, 0, text)):
+        whole = self._whole(event, 0, text)
+        for piece in _pieces(self._new(whole) if event is TextDelta else whole):
             yield event(piece)
+
+    def _new(self, text: str) -> str:
+        """`text` without what is left of the repeated beginning. Raises ValueError where it is another beginning."""
+        known = min(len(text), len(self._repeated))
+        if text[:known] != self._repeated[:known]:
+            raise ValueError("another beginning than the one to go on from")
+        self._repeated = self._repeated[known:]
+        return text[known:]
 
     def _tool_call(self, call: dict[str, Any], position: int) -> Iterator[Output]:
         index = call.get("index", position)
@@ -408,6 +432,21 @@ def _body(prompt: Prompt, route: ModelRoute, is_openai: bool) -> dict[str, Any]:
         "stream_options": {"include_usage": True},
         **{name: value for name, value in asked.items() if value is not None},
     }
+
+
+def _go_on(body: dict[str, Any], route: ModelRoute, said: Said) -> None:
+    """Have the upstream go on with what was said, as vLLM and SGLang, or Mistral and DeepSeek, want to be asked.
+
+    A delta is at least one token, so of `max_tokens` at most what was left is asked for, and perhaps a little more."""
+    begun: dict[str, Any] = {"role": "assistant", "content": "".join(said.texts())}
+    if route.continuation == "prefix":
+        begun["prefix"] = True
+    else:
+        body["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
+    body["messages"] = [*body["messages"], begun]
+    for limit in ("max_tokens", "max_completion_tokens"):
+        if limit in body:
+            body[limit] -= len(said.outputs)
 
 
 def _parse(payload: bytes) -> dict[str, Any]:

@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     start = commands.add_parser("up", help="start the store, the api and the workers on this machine")
     start.add_argument("--host", help="address to serve on (default REJOIN_HOST, 127.0.0.1)")
     start.add_argument("--port", type=int, help="port to serve on; 0 takes a free one (default REJOIN_PORT, 8000)")
-    start.add_argument("--workers", type=int, default=1, help="how many worker processes (default 1)")
+    start.add_argument(
+        "--workers", type=int, default=2, help="how many worker processes (default 2: one goes on when the other dies)"
+    )
     start.add_argument(
         "--data", type=Path, default=Path(".rejoin"), help="where the store keeps its data (default .rejoin)"
     )

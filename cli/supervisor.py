@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ class Child:
     env: Mapping[str, str]
     stop_seconds: float
     pass_fds: tuple[int, ...] = ()
+    on_death: Callable[[int], Awaitable[None]] | None = None  # told the pid of one that ended by itself
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
 
@@ -44,6 +45,8 @@ class Supervisor:
             code = await self._run(child)
             if self.ending.is_set():
                 return
+            if child.on_death is not None and child.process is not None:
+                await child.on_death(child.process.pid)
             steady = time.monotonic() - started > STEADY_SECONDS
             patience = 0.1 if steady else min(patience * 2, MAX_PATIENCE_SECONDS)
             tell(f"{child.name} ended ({_describe(code)}); starting it again")

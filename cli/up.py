@@ -18,9 +18,13 @@ from cli.supervisor import Child, Supervisor, tell
 from cli.valkey import server_argv, socket_fits
 from shared.config import Settings, model_table
 from shared.errors import SettingsError
+from shared.event_log import EventLog, process_name
+from shared.jobs import Jobs
+from shared.reaper import reap_owner
 from shared.redis import TROUBLE, Client, Keys, connect, queue_url
 
 READY_SECONDS = 60.0
+HAND_OVER_SECONDS = 2.0  # beyond it the leases end by themselves anyway
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -67,6 +71,7 @@ class House:
         self._listening = listening
         self._lock_fd = lock_fd
         self._redis_url = redis_url
+        self._queue_url = queue_url(settings, redis_url)
         self._store_argv = store_argv
         self._env = _environment(options, settings, redis_url)
         self._workers = [f"worker{n}" if options.workers > 1 else "worker" for n in range(1, options.workers + 1)]
@@ -83,7 +88,8 @@ class House:
             group.create_task(self.supervisor.keep(Child("api", api, self._env, stop_seconds=15, pass_fds=(fd,))))
             for name in self._workers:
                 stop_seconds = self._settings.drain_seconds + 10
-                worker = Child(name, [sys.executable, "-m", "worker"], self._env, stop_seconds)
+                argv = [sys.executable, "-m", "worker"]
+                worker = Child(name, argv, self._env, stop_seconds, on_death=self._hand_over)
                 group.create_task(self.supervisor.keep(worker))
             if await self._until_ready():
                 print(f"ready {self.url}", flush=True)
@@ -97,6 +103,19 @@ class House:
     def url(self) -> str:
         host, port = self._listening.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def _hand_over(self, pid: int) -> None:
+        """A worker died: what it held is for the others at once, not only when its leases end."""
+        async with connect(self._redis_url, connections=1) as logs, connect(self._queue_url, connections=1) as queue:
+            event_log = EventLog(logs, self._settings)
+            try:
+                async with asyncio.timeout(HAND_OVER_SECONDS):
+                    count = await reap_owner(event_log, Jobs(queue, event_log.keys), process_name(pid))
+            except (*TROUBLE, TimeoutError) as error:
+                tell(f"the leases of process {pid} will end by themselves ({type(error).__name__})")
+                return
+        if count:
+            tell(f"{count} generations of process {pid} are handed to another worker")
 
     async def _until_store_answers(self) -> None:
         async with connect(self._redis_url, connections=1) as client:
@@ -118,7 +137,7 @@ class House:
         """Until the api says that it is ready and every worker has shown life. False when the end came first."""
         loop = asyncio.get_running_loop()
         patience_ends = loop.time() + READY_SECONDS
-        async with connect(queue_url(self._settings, self._redis_url), connections=1) as client:
+        async with connect(self._queue_url, connections=1) as client:
             while not self.supervisor.ending.is_set():
                 if await self._living_workers(client) == len(self._workers) and await self._api_is_ready():
                     return True

@@ -7,6 +7,7 @@ Knows nothing of the queue, of HTTP, or of what the events say. docs/protocol.md
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -88,6 +89,11 @@ class Answer(NamedTuple):
 
     code: Literal["OK", "GAP", "FENCED", "ABANDONED", "GONE"]
     last: int = -1
+
+
+def process_name(pid: int) -> str:
+    """How a process of this machine (or container) is called in Redis: as the owner of leases, among the workers."""
+    return f"{socket.gethostname()}:{pid}"
 
 
 def new_id() -> str:
@@ -244,6 +250,16 @@ class EventLog:
         args += [self._settings.max_attempts, ALIVE_MS, self._log_ms, self._order_ms]
         args += ["" if expire_epoch is None else expire_epoch]
         return _hint(generation_id, await self._run("reap", self._keys_of(generation_id), args))
+
+    async def held_by(self, owner: str, partition: str) -> list[tuple[str, int]]:
+        """The generations of a partition that a process holds, each with its epoch."""
+        ids = [found.decode() for found in await self.redis.zrange(self.keys.leases(partition), 0, -1)]
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for generation_id in ids:
+                pipe.hmget(self.keys.order(generation_id), ["owner", "epoch", "nonce"])
+            replies = await pipe.execute()
+        held = zip(ids, replies, strict=True)
+        return [(one, int(epoch)) for one, (by, epoch, nonce) in held if nonce and by == owner.encode()]
 
     # --- reading
 

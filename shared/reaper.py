@@ -27,6 +27,18 @@ async def reap_forever(event_log: EventLog, jobs: Jobs) -> None:
             log.warning("reaper.delayed", error=type(error).__name__)
 
 
+async def reap_owner(event_log: EventLog, jobs: Jobs, owner: str) -> int:
+    """End the leases of a process that is known to be dead, now, and charge them; how many hints were sent."""
+    sent = 0
+    for partition in PARTITIONS:
+        for generation_id, epoch in await event_log.held_by(owner, partition):
+            hint = await event_log.reap(generation_id, expire_epoch=epoch)
+            if hint is not None:
+                await jobs.send(hint)
+                sent += 1
+    return sent
+
+
 async def reap_partition(event_log: EventLog, jobs: Jobs, partition: str) -> int:
     """Reap what is due in one partition; how many hints were sent."""
     sent = 0

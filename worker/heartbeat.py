@@ -10,6 +10,7 @@ import os
 import socket
 import time
 
+from shared.event_log import process_name
 from shared.observability import logger
 from shared.redis import TROUBLE, Client, Keys
 from worker.writer import Writer
@@ -20,7 +21,7 @@ log = logger("heartbeat")
 
 
 def worker_name() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+    return process_name(os.getpid())
 
 
 async def renew_leases(writer: Writer, lease_seconds: float) -> None:

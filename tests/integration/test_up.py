@@ -47,8 +47,9 @@ async def test_the_main_journey_survives_every_part_dying_once(processes: Proces
         seen = len(reader.blocks)
         await wait_until(lambda seen=seen: len(reader.blocks) > seen + 10, timeout=30)
         victims = _children(up.process.pid, word)
-        assert len(victims) == 1, word
-        os.kill(victims[0], signal.SIGKILL)
+        assert len(victims) == (2 if word == "-m worker" else 1), word
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
     await reading
     check_history(reader.blocks)
     again = await Reader(reader.url).read_to_end()
@@ -74,10 +75,27 @@ async def test_ctrl_c_drains_and_the_next_start_finds_everything(processes: Proc
     assert len(starts) == 1, "it was run again, though there was time to end it"
 
 
+async def test_what_a_dead_worker_held_is_handed_over_at_once(processes: Processes, tmp_path: Path) -> None:
+    """The supervisor sees a worker die and ends its leases: nobody waits a minute for them to end."""
+    slow = {"REJOIN_LEASE_SECONDS": "60", "REJOIN_DEMO_WORDS_PER_SECOND": "20"}
+    up = await start_rejoin_up(processes, tmp_path / "data", **slow)
+    generation = (await _post(up.url)).json()
+    reader = Reader(up.url + generation["events_url"])
+    reading = asyncio.create_task(reader.read_to_end(timeout=45))
+    await wait_until(lambda: len(reader.blocks) > 10, timeout=30)
+    pids = dict(re.findall(r"(worker\d) *\|.*worker.ready.* pid=(\d+)", up.process.log()))
+    (holder,) = re.findall(r"(worker\d) *\|.*generation.started", up.process.log())
+    os.kill(int(pids[holder]), signal.SIGKILL)
+    await reading
+    starts = [block.data for block in reader.blocks if block.event == "generation.started"]
+    assert [start["mode"] for start in starts] == ["fresh", "continued"]
+    assert "are handed to another worker" in up.process.log()
+
+
 async def test_two_workers_and_a_secret_of_its_own(processes: Processes, tmp_path: Path) -> None:
-    """`--workers 2` starts two; the secret is made once and readable by its owner only; one house for one folder."""
+    """There are two; the secret is made once and readable by its owner only; one house for one folder."""
     data = tmp_path / "data"
-    up = await start_rejoin_up(processes, data, "--workers", "2")
+    up = await start_rejoin_up(processes, data)
     assert len(_children(up.process.pid, "-m worker")) == 2
     assert stat.S_IMODE((data / "secret").stat().st_mode) == 0o600
     second = await processes.start("rejoin-up", [sys.executable, "-m", "cli", "up", "--port", "0", "--data", str(data)])

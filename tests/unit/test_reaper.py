@@ -46,6 +46,21 @@ async def test_a_lost_hint_is_sent_again(event_log: EventLog, jobs: Jobs) -> Non
     assert await reaper.reap_partition(event_log, jobs, "a") == 0
 
 
+async def test_what_a_dead_process_held_is_handed_over_and_nothing_else(event_log: EventLog, jobs: Jobs) -> None:
+    """Its leases end at once and are charged; those of others, and what it has finished, stay as they are."""
+    ours, others, ended = [await create(event_log, name, partition=name) for name in ("1", "2", "3")]
+    claims = {}
+    for generation_id, owner in ((ours, "host:7"), (others, "host:77"), (ended, "host:7")):
+        claims[generation_id] = await event_log.claim(Hint(generation_id, 0, 1), "nonce", owner=owner)
+    await event_log.close(ended, Cancelled("caller"))
+    assert await reaper.reap_owner(event_log, jobs, "host:7") == 1
+    epoch = claims[ours].epoch  # type: ignore[union-attr]
+    assert await jobs.position(Hint(ours, epoch, 2)) == 0
+    assert await event_log.redis.hmget(event_log.keys.order(ours), ["nonce", "charged"]) == [b"", b"1"]
+    assert await event_log.held_by("host:77", "2") == [(others, claims[others].epoch)]  # type: ignore[union-attr]
+    assert await reaper.reap_owner(event_log, jobs, "host:7") == 0
+
+
 async def test_the_generation_of_a_dead_worker_is_hinted_at_its_epoch(event_log: EventLog, jobs: Jobs) -> None:
     """Whoever gets the hint can claim it."""
     generation_id = await create(event_log, "1")

@@ -17,7 +17,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.errors import SettingsError, Unprocessable
 
 MAX_GENERATION_BYTES = 8 * 1024 * 1024  # one attempt's events: kept in the worker's memory until its end is durable
-REDIS_URL = r"^(redis|rediss|unix)://"
+REDIS_URL = r"^(redis|rediss|unix|rediss?\+(sentinel|cluster))://"
+QUEUE_URL = r"^(redis|rediss|unix|rediss?\+sentinel)://"
 MAX_EVENT_TEXT_CHARS = 4096  # longer deltas are split: at most 16 KiB of UTF-8 in one event
 
 
@@ -35,7 +36,7 @@ class Settings(BaseSettings):
 
     # Where things are
     redis_url: str = Field("redis://127.0.0.1:6379/0", validation_alias="REDIS_URL", pattern=REDIS_URL)
-    queue_url: str | None = Field(None, pattern=REDIS_URL)
+    queue_url: str | None = Field(None, pattern=QUEUE_URL)
     key_prefix: str = Field("rejoin", pattern=r"^[A-Za-z0-9_.:-]{1,64}$")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -58,6 +59,8 @@ class Settings(BaseSettings):
     # The log protocol
     lease_seconds: float = Field(3.0, ge=0.2, le=300)
     claim_grace_seconds: float = Field(10.0, gt=0, le=600)
+    wait_replicas: int = Field(0, ge=0, le=100)
+    wait_milliseconds: int = Field(1000, ge=1, le=60_000)
     max_attempts: int = Field(3, ge=1, le=100)
     max_generation_seconds: float = Field(3600, gt=0)
     max_queue_seconds: float = Field(3600, gt=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -18,7 +18,19 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 from shared import lua
 from shared.config import Settings
 from shared.errors import Conflict, Gone, NotFound, Unavailable
-from shared.events import Cancelled, Entry, Failed, Position, Queued, Status, Terminal, encode, outcome, parse_id
+from shared.events import (
+    Cancelled,
+    Entry,
+    Failed,
+    Position,
+    Queued,
+    Status,
+    Terminal,
+    encode,
+    is_terminal,
+    outcome,
+    parse_id,
+)
 from shared.prompt import Prompt
 from shared.redis import ALIVE_MS, Client, Keys
 
@@ -148,8 +160,11 @@ class EventLog:
         args += [self._claim_grace_ms, self._max_queue_ms, ALIVE_MS]
         args += [self._abandon_ms if on_disconnect == "cancel" else ""]  # what an outage adds to it, too
         args += [part for pair in fields.items() for part in pair]
-        reply = await self._run("create", self._keys_of(generation_id), args)
+        reply, has_replicas = await self._create(generation_id, args)
         if reply[0] == b"CREATED":
+            if not has_replicas:
+                await self._run("retract", self._keys_of(generation_id), [generation_id])
+                raise Unavailable("too few replicas of Redis are up to keep this safe; try again", code="not_durable")
             return True
         if reply[2]:
             raise Conflict(
@@ -161,6 +176,26 @@ class EventLog:
                 code="idempotency_conflict",
             )
         return False
+
+    async def _create(self, generation_id: str, args: list[Any]) -> tuple[Any, bool]:
+        """What `create` answers, and whether enough replicas have what it wrote."""
+        if not self._settings.wait_replicas:
+            return await self._run("create", self._keys_of(generation_id), args), True
+        async with self.redis.pipeline(transaction=False) as pipe:  # WAIT speaks of its own connection's writes
+            await self._scripts["create"](keys=self._keys_of(generation_id), args=args, client=pipe)
+            pipe.wait(self._settings.wait_replicas, self._settings.wait_milliseconds)
+            reply, replicas = await self._told(pipe.execute())
+        return reply, replicas >= self._settings.wait_replicas
+
+    async def is_durable(self, generation_id: str) -> bool:
+        """Have enough replicas the end of this log? Only WAIT behind a write of the same connection can tell."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.pexpire(self.keys.order(generation_id), self._order_ms)
+            pipe.xrevrange(self.keys.log(generation_id), "+", "-", 1)
+            pipe.wait(self._settings.wait_replicas, self._settings.wait_milliseconds)
+            _, reply, replicas = await self._told(pipe.execute())
+        last = _entries(reply)
+        return bool(last) and is_terminal(last[0].data) and replicas >= self._settings.wait_replicas
 
     async def close(self, generation_id: str, event: Terminal, *, held_at: int | None = None) -> Status:
         """End a generation from outside its attempt; answers how it ended, also if it had before.
@@ -309,8 +344,12 @@ class EventLog:
         return [keys.order(generation_id), keys.log(generation_id), keys.leases(generation_id[-1])]
 
     async def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
+        return await self._told(self._scripts[name](keys=keys, args=args))
+
+    async def _told(self, asking: Awaitable[Any]) -> Any:
+        """The answer, or Unavailable where Redis has no room to write."""
         try:
-            return await self._scripts[name](keys=keys, args=args)
+            return await asking
         except ResponseError as error:
             if isinstance(error, OutOfMemoryError) or str(error).startswith("MISCONF"):
                 raise Unavailable(

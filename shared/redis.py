@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+from urllib.parse import unquote, urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, Sentinel
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, RedisError, ResponseError, TimeoutError
 
@@ -123,21 +125,70 @@ def connect(
     Every command of ours is idempotent, so a lost connection is retried. `retries=-1` retries until Redis is back.
     Raises SettingsError for a URL that cannot be understood; connecting itself happens at the first command.
     """
+    options: dict[str, Any] = {
+        "max_connections": connections,
+        "timeout": 10 * COMMAND_TIMEOUT_SECONDS,
+        "socket_timeout": timeout_seconds,
+        "socket_connect_timeout": COMMAND_TIMEOUT_SECONDS,
+        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
+        "health_check_interval": 0,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
+        "retry_on_error": [ConnectionError, TimeoutError, BusyLoadingError, OSError],
+    }
     try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=connections,
-            timeout=10 * COMMAND_TIMEOUT_SECONDS,
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=COMMAND_TIMEOUT_SECONDS,
-            **({} if url.startswith("unix:") else {"socket_keepalive": True}),
-            health_check_interval=0,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
-            retry_on_error=[ConnectionError, TimeoutError, BusyLoadingError, OSError],
-        )
+        if "+sentinel:" in url:
+            return Redis.from_pool(_pool_of_the_primary(url, options))
+        return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
     except ValueError as error:
         raise SettingsError(f"REDIS_URL or REJOIN_QUEUE_URL: {error}") from None
-    return Redis.from_pool(pool)
+
+
+class Primary:
+    """Where the primary of a Sentinel service is at the moment. Each new connection of a pool asks."""
+
+    is_master, check_connection = True, False  # what redis-py's connection wants to know of its pool
+
+    def __init__(self, sentinels: Sentinel, service: str) -> None:
+        self._sentinels = sentinels
+        self._service = service
+
+    async def get_master_address(self) -> tuple[str, int]:
+        """Raises redis' ConnectionError while no sentinel knows of a primary that lives."""
+        address: tuple[str, int] = await self._sentinels.discover_master(self._service)
+        return address
+
+
+def _pool_of_the_primary(url: str, options: dict[str, Any]) -> BlockingConnectionPool:
+    """`redis+sentinel://[user:password@]host:port,host:port/service[/db]`; `rediss+sentinel` for TLS to the primary.
+
+    redis-py's own pool for Sentinel opens connections without a bound. Raises ValueError."""
+    parts = urlsplit(url)
+    user, _, hosts = parts.netloc.rpartition("@")
+    service, _, db = parts.path.strip("/").partition("/")
+    username, _, password = user.partition(":")
+    addresses = [address_of(host, 26379) for host in hosts.split(",")]
+    if not service or not hosts:
+        raise ValueError("write redis+sentinel://host:port,host:port/service: the sentinels, and the name they watch")
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]
+        addresses, socket_timeout=COMMAND_TIMEOUT_SECONDS, socket_connect_timeout=COMMAND_TIMEOUT_SECONDS / 4
+    )
+    is_tls = parts.scheme.startswith("rediss")
+    return BlockingConnectionPool(
+        connection_class=SentinelManagedSSLConnection if is_tls else SentinelManagedConnection,
+        connection_pool=Primary(sentinels, service),
+        username=unquote(username) or None,
+        password=unquote(password) or None,
+        db=int(db or 0),
+        **options,
+    )
+
+
+def address_of(host_port: str, default_port: int) -> tuple[str, int]:
+    """`host:port`, `[v6]:port` or a host alone. Raises ValueError."""
+    parts = urlsplit(f"//{host_port}")
+    if not parts.hostname:
+        raise ValueError(f"{host_port!r} is no host:port")
+    return parts.hostname, parts.port or default_port
 
 
 async def when_reachable(client: Client) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 from shared.config import ModelTable, Settings
@@ -35,6 +35,7 @@ from worker import providers
 from worker.providers import Said
 from worker.writer import Attempt, Lost, Writer
 
+DURABLE_SECONDS = 10.0  # how long what heals is kept for replicas that do not have the end yet
 FLUSH_SECONDS = 1.0  # how long a stopping worker waits for its last events to be written
 log = logger("generate")
 
@@ -139,6 +140,7 @@ class Generator:
         finished = replace(terminal, at=_redis_now(claim, attempt))
         attempt.put(encode(finished), outcome(finished))
         await attempt.settled()
+        await self._until_durable(attempt)
         fields = {"code": finished.code} if isinstance(finished, Failed) else {}
         log.info(
             finished.type,
@@ -148,6 +150,21 @@ class Generator:
             seconds=round(time.monotonic() - attempt.started_at, 3),
             **fields,
         )
+
+    async def _until_durable(self, attempt: Attempt) -> None:
+        """Where replicas are to have it: keep what heals a failover until they have the end. No reader waits for it."""
+        if not self._settings.wait_replicas:
+            return
+        clock = asyncio.get_running_loop().time
+        give_up_at = clock() + DURABLE_SECONDS
+        while clock() < give_up_at:
+            with suppress(*TROUBLE):
+                if await self._event_log.is_durable(attempt.generation_id):
+                    return
+            await asyncio.sleep(0.2)
+            self._writer.renew(attempt)  # a server that lost the end answers with a gap, and is given it again
+            await attempt.settled()
+        log.warning("generation.not_durable", generation_id=attempt.generation_id)
 
     async def _answer(self, claim: Claim, attempt: Attempt, said: Said | None) -> Terminal:
         """Every way an answer can end, as the terminal event that says so."""

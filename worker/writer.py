@@ -73,7 +73,7 @@ class Attempt:
             raise Lost(self.lost)
         if self.size + len(event) > MAX_GENERATION_BYTES and final is None:
             raise UpstreamError("the answer is larger than Rejoin keeps", code="output_too_large", retryable=False)
-        self.events.append(event)
+        self.events.append(bytes(memoryview(event)))  # a copy: what orjson made lives in a block of 4 KiB and more
         self.size += len(event)
         self.pending += len(event)
         self.final = final
@@ -111,7 +111,11 @@ class Attempt:
                 self.on_lost()
 
     def next_append(self) -> Append:
-        """What Redis does not have yet, within the bounds of one append; nothing new makes a renewal."""
+        """What Redis does not have yet, within the bounds of one append. Nothing new makes a renewal.
+
+        After the end, the end again: a server that lost it (a replica that was promoted) answers with the gap."""
+        if self.final and self.is_settled and self.events:
+            return Append(self.generation_id, self.epoch, self.acked, self.events[-1:], self.final)
         start = self.acked - self.base
         end, size = start, 0
         while end < len(self.events) and end - start < MAX_EVENTS and size < MAX_BYTES:

@@ -6,7 +6,7 @@ a Redis during a rolling deploy. docs/protocol.md is the contract.
 
 from importlib.resources import files
 
-SCRIPTS = ("create", "claim", "append", "close", "due", "reap", "release", "attend", "erase", "enqueue")
+SCRIPTS = ("create", "claim", "append", "close", "due", "reap", "release", "attend", "erase", "retract", "enqueue")
 
 
 def source(name: str) -> str:

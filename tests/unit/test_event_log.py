@@ -253,6 +253,33 @@ async def test_ids_are_written_in_digits_however_large(event_log: EventLog) -> N
     assert ids == [b"0-1", b"1000000000000001-0", b"1000000000000001-1", b"1000000000000002-0"]
 
 
+# --- replicas
+
+
+async def test_without_the_replicas_that_are_wanted_nothing_is_created(settings: Settings, redis: Client) -> None:
+    """A server alone cannot keep a promise that names a replica: 503, no trace, and the same key may ask again."""
+    log = EventLog(redis, settings.model_copy(update={"wait_replicas": 1, "wait_milliseconds": 20}))
+    generation_id = new_id()
+    with pytest.raises(Unavailable) as refused:
+        await log.create(generation_id, tenant="t", provider="demo", prompt=PROMPT)
+    assert refused.value.code == "not_durable"
+    assert await log.order(generation_id) is None and await log.tail(generation_id) is None
+    assert await redis.zscore(log.keys.leases(generation_id[-1]), generation_id) is None
+    assert await EventLog(redis, settings).create(generation_id, tenant="t", provider="demo", prompt=PROMPT)
+
+
+async def test_a_claimed_order_is_not_taken_back(event_log: EventLog) -> None:
+    """Somebody works on it: it stays."""
+    claimed = await running(event_log)
+    keys = event_log.keys
+    order, log = keys.order(claimed.generation_id), keys.log(claimed.generation_id)
+    script = event_log.redis.register_script(lua.source("retract"))
+    assert (
+        await script(keys=[order, log, keys.leases(claimed.generation_id[-1])], args=[claimed.generation_id]) == b"KEPT"
+    )
+    assert await event_log.order(claimed.generation_id) is not None
+
+
 # --- append
 
 

@@ -10,7 +10,7 @@ import uvicorn
 
 from api.app import create_app
 from api.auth import is_loopback
-from shared import observability
+from shared import metrics, observability
 from shared.config import load
 from shared.errors import SettingsError
 
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
             )
         observability.configure(settings.log_format, settings.log_level)
         app = create_app(settings)
+        metrics.serve(settings.metrics_host, settings.metrics_port)
     except SettingsError as error:
         print(f"rejoin api: {error.message}", file=sys.stderr)
         return 2

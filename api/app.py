@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import math
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -31,16 +33,19 @@ from api.routes import (
     ui_messages_socket,
 )
 from api.tail import Tail
+from shared import metrics
+from shared.cluster import servers_of
 from shared.config import Settings, load, model_table
 from shared.event_log import EventLog
 from shared.jobs import Jobs
 from shared.observability import cut_query_strings, logger, place_of
 from shared.reaper import reap_forever
-from shared.redis import connect, queue_url, when_reachable
+from shared.redis import TROUBLE, connect, queue_url, when_reachable
 
 # With the subscription at most 8 connections to Redis, however many readers there are.
 LOG_CONNECTIONS = 4
 QUEUE_CONNECTIONS = 2
+DEPTH_SECONDS = 1.0  # how long the metrics wait for the depth of the queue
 log = logger("api")
 
 
@@ -66,8 +71,8 @@ def create_app(settings: Settings | None = None) -> Application:
     settings = settings or load()
     models_served = model_table(settings)  # a wrong table stops the start; so do a missing secret, a URL that is none
     _ = settings.secret_bytes
-    for url in (settings.redis_url, queue_url(settings)):
-        connect(url, connections=1)
+    servers_of(settings.redis_url, connections=1)
+    connect(queue_url(settings), connections=1)
     app = Application(title="Rejoin", description="LLM streams that you can leave and rejoin", lifespan=_lifespan)
     app.state.settings, app.state.models = settings, models_served
     for routes in (
@@ -99,31 +104,67 @@ def create_app(settings: Settings | None = None) -> Application:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     cut_query_strings()
-    redis = connect(settings.redis_url, connections=LOG_CONNECTIONS)
+    _collect_less()
+    servers = servers_of(settings.redis_url, connections=LOG_CONNECTIONS)
     queue = connect(queue_url(settings), connections=QUEUE_CONNECTIONS)
-    subscriber = connect(settings.redis_url, connections=1, timeout_seconds=None)
-    event_log = EventLog(redis, settings)
+    subscriber = servers_of(settings.redis_url, connections=1, timeout_seconds=None)
+    event_log = EventLog(servers, settings)
     jobs = Jobs(queue, event_log.keys)
     tail = Tail(subscriber, event_log, settings.disconnect_grace_seconds)
     recent = Recent(queue, event_log.keys, settings.order_retention_seconds)
     longest = settings.log_retention_seconds + settings.max_queue_seconds + settings.max_generation_seconds
     chats = Chats(queue, event_log.keys, int(longest))
     app.state.parts = Parts(settings, app.state.models, event_log, jobs, tail, recent, chats)
-    await when_reachable(redis)
-    running = asyncio.gather(tail.run(), reap_forever(event_log, jobs))
+    await when_reachable(servers.all)
+    running = asyncio.gather(tail.run(), reap_forever(event_log, jobs), metrics.watch_loop())
     running.add_done_callback(_end_process_if_broken)
     try:
-        with _drain_on_signal(app.state.parts.drain):
+        with _drain_on_signal(app.state.parts.drain), _gauges(app.state.parts):
             yield
     finally:
         running.cancel()
         with suppress(asyncio.CancelledError):
             await running
-        for client in (redis, queue, subscriber):
-            await client.aclose()
+        for part in (servers, queue, subscriber):
+            await part.aclose()
 
 
-def _end_process_if_broken(running: asyncio.Future[tuple[None, None]]) -> None:
+@contextmanager
+def _gauges(parts: Parts) -> Iterator[None]:
+    """What Prometheus is told as it stands at the moment. It is asked for in a thread of its own."""
+    loop = asyncio.get_running_loop()
+
+    def depth() -> float:
+        try:
+            return asyncio.run_coroutine_threadsafe(_depth(parts.jobs), loop).result(2 * DEPTH_SECONDS)
+        except TimeoutError:  # the event loop is held up
+            return math.nan
+
+    metrics.OPEN_READERS.set_function(lambda: len(parts.drain.relays))
+    metrics.QUEUE_DEPTH.set_function(depth)
+    try:
+        yield
+    finally:
+        metrics.QUEUE_DEPTH.set_function(lambda: math.nan)
+
+
+async def _depth(jobs: Jobs) -> float:
+    try:
+        async with asyncio.timeout(DEPTH_SECONDS):
+            return await jobs.depth()
+    except (*TROUBLE, TimeoutError):
+        return math.nan
+
+
+def _collect_less() -> None:
+    """Ten thousand open streams are millions of objects that stay: looking through all of them for cycles, time and
+    again, took two thirds of a storm of reconnects. And what the start has made is not looked at any more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+def _end_process_if_broken(running: asyncio.Future[tuple[None, None, None]]) -> None:
     """An api without its tail would look healthy and be deaf: better that its supervisor starts another."""
     error = None if running.cancelled() else running.exception()
     if error is not None and not isinstance(error, asyncio.CancelledError):  # what a gather makes of our own cancel

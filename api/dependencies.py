@@ -39,12 +39,13 @@ class Parts:
     drain: Drain = field(default_factory=Drain)
 
 
-def _parts(request: Request) -> Parts:
+# Coroutines, though nothing is waited for: FastAPI would run plain functions in a thread each.
+async def _parts(request: Request) -> Parts:
     parts: Parts = request.app.state.parts
     return parts
 
 
-def _tenant(request: Request) -> str:
+async def _tenant(request: Request) -> str:
     tenant: str = request.scope[TENANT]
     return tenant
 
@@ -58,7 +59,7 @@ async def own_order(parts: Parts, tenant: str, generation_id: str) -> Order:
 
 
 async def _own_order(generation_id: str, request: Request) -> Order:
-    return await own_order(_parts(request), _tenant(request), generation_id)
+    return await own_order(await _parts(request), await _tenant(request), generation_id)
 
 
 PartsOf = Annotated[Parts, Depends(_parts)]

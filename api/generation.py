@@ -17,6 +17,7 @@ from api.auth import idempotent_id
 from api.dependencies import Parts
 from api.frames import Dialect, Ending
 from api.relay import Opening, Relay, Whole, open_reader
+from shared import metrics
 from shared.errors import BadRequest, TooMany, Unavailable
 from shared.event_log import Hint, OnDisconnect, Order, gone, new_id
 from shared.events import Snapshot
@@ -62,6 +63,8 @@ async def start(
         raise Unavailable("the generation was written and is gone; Redis was flushed", code="store_lost")
     if created:
         log.info("generation.queued", generation_id=generation_id, model=prompt.model)
+        metrics.GENERATIONS_CREATED.inc()
+    if created or (is_new and order.status == "queued"):  # ours too, perhaps: the create was sent twice, its reply lost
         await _announce(parts, order)
     return order
 
@@ -84,13 +87,15 @@ def admit(parts: Parts) -> None:
         )
 
 
-async def follow(parts: Parts, order: Order, dialect: Dialect, *, headers: dict[str, str] | None = None) -> Relay:
+async def follow(
+    parts: Parts, order: Order, dialect: Dialect, *, headers: dict[str, str] | None = None, resumed: bool = False
+) -> Relay:
     """The answer that streams a log from its start in one dialect.
 
     Raises Gone when the log is no more, Unavailable when this server takes no more streams."""
     admit(parts)
     async with AsyncExitStack() as stack:
-        opening = await open_reader(stack, parts.tail, parts.event_log, order, None)
+        opening = await open_reader(stack, parts.tail, parts.event_log, order, None, resumed=resumed)
         return relay(parts, dialect, opening, stack.pop_all(), headers=headers)
     raise AssertionError("an exit stack of a relay swallows nothing")
 

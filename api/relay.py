@@ -18,11 +18,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api.frames import Dialect, Ending
 from api.tail import NEVER, Gone, Reader, Tail, just_before
+from shared import metrics
 from shared.config import Settings
 from shared.event_log import EventLog, Order, gone
 from shared.events import Entry, Position, Snapshot, format_id, is_terminal
 
 DRAIN_SPREAD_SECONDS = 2.0  # over which the open streams of a stopping server are ended
+MAX_UNSENT_BYTES = 16 * 1024  # beyond what the system takes: from there on a client is waited for
 TRANSPORT = "rejoin.transport"  # where app.py leaves the server's transport in the scope
 
 
@@ -39,9 +41,26 @@ class Opening:
 
 
 async def open_reader(
+    stack: AsyncExitStack,
+    tail: Tail,
+    event_log: EventLog,
+    order: Order,
+    cursor: Position | None,
+    *,
+    resumed: bool = False,
+) -> Opening:
+    """Set a reader on its way. `stack` holds its feed open; `resumed` is for the metrics: it says that it came back.
+
+    Raises Gone (of shared.errors) when the log is no more, AtEnd when the cursor is the terminal event."""
+    opening = await _opening(stack, tail, event_log, order, cursor)
+    metrics.READERS_STARTED.labels("yes" if resumed else "no").inc()
+    return opening
+
+
+async def _opening(
     stack: AsyncExitStack, tail: Tail, event_log: EventLog, order: Order, cursor: Position | None
 ) -> Opening:
-    """Find where a reader goes on from, by the cursor table of docs/protocol.md. `stack` holds its feed open.
+    """Find where a reader goes on from, by the cursor table of docs/protocol.md.
 
     Raises Gone (of shared.errors) when the log is no more, AtEnd when the cursor is the terminal event."""
     feed = None
@@ -159,11 +178,13 @@ class Relay(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._stack:
+            _keep_little(scope)
             try:
                 async with self._watch.kept(receive):
                     complete = await self._relay(send)
-            except (TimeoutError, OSError):  # the client does not take what it was sent, or its socket broke
+            except (TimeoutError, OSError) as error:  # the client does not take what it was sent, or its socket broke
                 complete = False
+                metrics.READERS_TIMED_OUT.inc(isinstance(error, TimeoutError))
             if not complete and not self._watch.client_left:
                 _abort(scope)
 
@@ -258,6 +279,13 @@ class Whole(Response):
 def jittered(milliseconds: int) -> int:
     """Around the given time, half to one and a half of it: clients that left together do not come back together."""
     return round(milliseconds * random.uniform(0.5, 1.5))
+
+
+def _keep_little(scope: Scope) -> None:
+    """Have the server's `send` wait earlier than it would by itself: what a client has not taken stays in the log."""
+    transport = scope.get(TRANSPORT)
+    if transport is not None:
+        transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
 
 
 def _abort(scope: Scope) -> None:

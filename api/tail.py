@@ -12,22 +12,24 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
 
+from shared import metrics
+from shared.cluster import Servers
 from shared.event_log import PAGE, EventLog, Order
 from shared.events import Entry, Position, format_id, is_terminal
 from shared.observability import logger
-from shared.redis import COMMAND_TIMEOUT_SECONDS, TROUBLE, Client
+from shared.redis import COMMAND_TIMEOUT_SECONDS, TROUBLE
 
 WINDOW = 256  # entries of a log kept in memory for readers that keep up
 LOOK_SECONDS = 2.0  # how often a silent log is looked at: a lost last push, an expired key, a flushed server
 PING_AFTER_SECONDS = 1.0  # of silence on the subscription
-DEAD_AFTER_SECONDS = 3.0
+DEAD_AFTER_SECONDS = 2.5  # looked at twice a second: given up within 3 s
 AWAY_TRIES = 100  # a tenth of a second each, before a reader that waits for Redis is pinged
-MAX_BATCH_BYTES = 256 * 1024  # of events given to a reader at once
+MAX_BATCH_BYTES = 16 * 1024  # of events given to a reader at once: what one that never reads costs, a few times over
 NEVER: Position = (0, 0)  # before the first entry of any log, `0-1`
 LAST_SEQ = 2**63 - 1
 log = logger("tail")
@@ -102,6 +104,7 @@ class Feed:
                 await asyncio.sleep(0.1)
                 continue
             self._extend(entries)
+            metrics.HOLES_FILLED.inc(bool(entries))
             if not entries and self._target == target:
                 self._target = None  # the log ends earlier than we were told: its writer will heal it
 
@@ -198,9 +201,8 @@ class Reader:
             return await self._read()
         if self._ahead_of is not None:
             await self._mind_being_ahead(self._feed)
-        found = self._feed.following(self.cursor)
-        if found is None:
-            found = await self._read()
+        kept = self._feed.following(self.cursor)
+        found = await self._read() if kept is None else _batch(kept)
         if not found and self._feed.is_gone:
             raise Gone
         return found
@@ -213,23 +215,14 @@ class Reader:
                 page = await self._event_log.read(self.generation_id, after, self._page)
                 if not page and self._feed is None:  # it had ended, so there is more to read, or it expired
                     raise Gone
-                return self._bounded(page)
+                batch = _batch(page)
+                self._page = len(batch) if len(batch) < len(page) else min(PAGE, 2 * self._page)
+                return batch
             except TROUBLE:
                 await asyncio.sleep(0.1)
             if self._woken:
                 break
         return []
-
-    def _bounded(self, page: list[Entry]) -> list[Entry]:
-        """What one send may hold: fat events come in smaller pages."""
-        size = 0
-        for n, entry in enumerate(page, 1):
-            size += len(entry.data)
-            if size >= MAX_BATCH_BYTES:
-                self._page = max(n, 1)
-                return page[:n]
-        self._page = PAGE
-        return page
 
     async def _mind_being_ahead(self, feed: Feed) -> None:
         """Our cursor was ahead of the tail. Either the writer heals the log up to it, or another epoch or the end comes
@@ -259,7 +252,7 @@ class Reader:
 class Tail:
     """All feeds of this process over one subscription connection. `run` owns its tasks until cancelled."""
 
-    def __init__(self, subscriber: Client, event_log: EventLog, disconnect_grace_seconds: float) -> None:
+    def __init__(self, subscriber: Servers, event_log: EventLog, disconnect_grace_seconds: float) -> None:
         self._subscriber = subscriber
         self._event_log = event_log
         self._grace_seconds = disconnect_grace_seconds
@@ -319,16 +312,21 @@ class Tail:
 
     async def _listen_forever(self) -> None:
         while True:
-            connection = self._subscriber.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            connection: AbstractConnection | None = None
             try:
+                client, *_ = await self._subscriber.all()  # a Cluster passes on to each node what one of them is told
+                connection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
                 async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):  # a peer may accept and say nothing
                     await connection.connect()
+                metrics.TAIL_CONNECTIONS.inc()
                 await self._listen(connection)
             except TROUBLE as error:
+                self._subscriber.doubt(error)
                 log.warning("tail.redis_away", error=type(error).__name__, feeds=len(self._feeds))
             finally:
                 self._connection = None
-                await connection.disconnect(nowait=True)
+                if connection is not None:
+                    await connection.disconnect(nowait=True)
             await asyncio.sleep(random.uniform(0.05, 0.2))
 
     async def _listen(self, connection: AbstractConnection) -> None:
@@ -385,21 +383,25 @@ class Tail:
 
     async def _look_at_silent_logs(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS / 2)
             horizon = time.monotonic() - LOOK_SECONDS
             silent = [feed for feed in self._feeds.values() if feed.heard_at < horizon and feed.last is not None]
-            for start in range(0, len(silent), 200):
-                try:
-                    await self._look_at(silent[start : start + 200])
-                except TROUBLE:
-                    break
+            for lane in self._event_log.servers.lanes:  # a node of a Cluster that is away keeps nobody from the others
+                with suppress(*TROUBLE):
+                    await self._look_at([feed for feed in silent if feed.generation_id[-1] in lane])
 
     async def _look_at(self, feeds: list[Feed]) -> None:
-        tails = await self._event_log.tails([feed.generation_id for feed in feeds])
+        tails = [
+            tail
+            for start in range(0, len(feeds), 200)
+            for tail in await self._event_log.tails([feed.generation_id for feed in feeds[start : start + 200]])
+        ]
         for feed, tail in zip(feeds, tails, strict=True):
             if tail is None:
                 feed.go()
-            elif feed.last is not None and tail > feed.last:
+                continue
+            feed.heard_at = time.monotonic()
+            if feed.last is not None and tail > feed.last:
                 feed.fill(tail)
 
     async def _attend(self) -> None:
@@ -417,6 +419,16 @@ class Tail:
         except TROUBLE as error:
             log.warning("attend.delayed", error=type(error).__name__)
             return False
+
+
+def _batch(entries: list[Entry]) -> list[Entry]:
+    """What one send may hold: the first of these, up to so many bytes."""
+    size = 0
+    for n, entry in enumerate(entries, 1):
+        size += len(entry.data)
+        if size >= MAX_BATCH_BYTES:
+            return entries[:n]
+    return entries
 
 
 def _finish(waiter: asyncio.Future[None]) -> None:

@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from redis.exceptions import NoPermissionError
 
 from cli.supervisor import Child, Supervisor, tell
 from cli.valkey import server_argv, socket_fits
+from shared.cluster import servers_of
 from shared.config import Settings, model_table
 from shared.errors import SettingsError
 from shared.event_log import EventLog, process_name
@@ -85,11 +87,11 @@ class House:
                 group.create_task(self.supervisor.keep(store))
             await self._until_store_answers()
             api = [sys.executable, "-m", "api", "--fd", str(fd)]
-            group.create_task(self.supervisor.keep(Child("api", api, self._env, stop_seconds=15, pass_fds=(fd,))))
-            for name in self._workers:
+            group.create_task(self.supervisor.keep(Child("api", api, self._env_of(0), stop_seconds=15, pass_fds=(fd,))))
+            for number, name in enumerate(self._workers, 1):
                 stop_seconds = self._settings.drain_seconds + 10
                 argv = [sys.executable, "-m", "worker"]
-                worker = Child(name, argv, self._env, stop_seconds, on_death=self._hand_over)
+                worker = Child(name, argv, self._env_of(number), stop_seconds, on_death=self._hand_over)
                 group.create_task(self.supervisor.keep(worker))
             if await self._until_ready():
                 print(f"ready {self.url}", flush=True)
@@ -104,25 +106,33 @@ class House:
         host, port = self._listening.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+    def _env_of(self, number: int) -> dict[str, str]:
+        """The api is number 0. Each process answers Prometheus on a port of its own, if any."""
+        port = self._settings.metrics_port
+        return {**self._env, "REJOIN_METRICS_PORT": str(port + number)} if port else self._env
+
     async def _hand_over(self, pid: int) -> None:
         """A worker died: what it held is for the others at once, not only when its leases end."""
-        async with connect(self._redis_url, connections=1) as logs, connect(self._queue_url, connections=1) as queue:
-            event_log = EventLog(logs, self._settings)
-            try:
-                async with asyncio.timeout(HAND_OVER_SECONDS):
-                    count = await reap_owner(event_log, Jobs(queue, event_log.keys), process_name(pid))
-            except (*TROUBLE, TimeoutError) as error:
-                tell(f"the leases of process {pid} will end by themselves ({type(error).__name__})")
-                return
+        queue, servers = connect(self._queue_url, connections=1), servers_of(self._redis_url, connections=2)
+        event_log, count = EventLog(servers, self._settings), 0
+        try:
+            async with asyncio.timeout(HAND_OVER_SECONDS):
+                count = await reap_owner(event_log, Jobs(queue, event_log.keys), process_name(pid))
+        except (*TROUBLE, TimeoutError) as error:
+            tell(f"the leases of process {pid} will end by themselves ({type(error).__name__})")
+        finally:
+            await servers.aclose()
+            await queue.aclose()
         if count:
             tell(f"{count} generations of process {pid} are handed to another worker")
 
     async def _until_store_answers(self) -> None:
-        async with connect(self._redis_url, connections=1) as client:
+        async with aclosing(servers_of(self._redis_url, connections=1)) as servers:
             waited = 0.0
             while not self.supervisor.ending.is_set():
                 try:
-                    await client.config_get("maxmemory-policy")  # as PING does not, it needs the right password
+                    for client in await servers.all():
+                        await client.config_get("maxmemory-policy")  # as PING does not, it needs the right password
                     return
                 except NoPermissionError:
                     return

@@ -84,6 +84,8 @@ class Settings(BaseSettings):
     # What is told
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: int = Field(0, ge=0, le=65535)
+    metrics_host: str = "127.0.0.1"
 
     @field_validator(
         "openai_api_key", "secret", "queue_url", "openai_base_url", "models", "default_model", mode="before"
@@ -105,6 +107,12 @@ class Settings(BaseSettings):
     def _orders_outlive_logs(self) -> Settings:
         if self.order_retention_seconds < self.log_retention_seconds:
             raise ValueError("REJOIN_ORDER_RETENTION_SECONDS must not be less than REJOIN_LOG_RETENTION_SECONDS")
+        return self
+
+    @model_validator(mode="after")
+    def _a_cluster_needs_another_queue(self) -> Settings:
+        if "+cluster:" in self.redis_url and self.queue_url is None:
+            raise ValueError("REJOIN_QUEUE_URL: the queue cannot live on a Redis Cluster; name a server that is none")
         return self
 
     @property

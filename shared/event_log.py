@@ -6,16 +6,20 @@ Knows nothing of the queue, of HTTP, or of what the events say. docs/protocol.md
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import socket
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import orjson
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.asyncio.client import Pipeline
+from redis.commands.core import AsyncScript
+from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError
 
-from shared import lua
+from shared import lua, metrics
+from shared.cluster import OneServer, Servers
 from shared.config import Settings
 from shared.errors import Conflict, Gone, NotFound, Unavailable
 from shared.events import (
@@ -32,11 +36,12 @@ from shared.events import (
     parse_id,
 )
 from shared.prompt import Prompt
-from shared.redis import ALIVE_MS, Client, Keys
+from shared.redis import ALIVE_MS, AWAY, Client, Keys
 
 OnDisconnect: TypeAlias = Literal["continue", "cancel"]
 MAX_RELEASES = 10
 ORDER_FIELDS = ["tenant", "model", "status", "created", "policy", "epoch", "fresh", "hints", "deleted", "metadata"]
+ASK_AGAIN = 3  # times in all, where a Cluster says that it moved
 PAGE = 500  # entries of a log read in one round trip
 
 
@@ -116,11 +121,13 @@ def new_id() -> str:
 class EventLog:
     """The logs and orders of one deployment. All methods raise redis' own errors when Redis is away."""
 
-    def __init__(self, redis: Client, settings: Settings) -> None:
-        self.redis = redis
+    def __init__(self, redis: Client | Servers, settings: Settings) -> None:
+        self.servers: Servers = OneServer(redis) if isinstance(redis, Client) else redis
         self.keys = Keys(settings.key_prefix)
         self._settings = settings
-        self._scripts = {name: redis.register_script(lua.source(name)) for name in lua.SCRIPTS if name != "enqueue"}
+        self.redis = cast(Client, getattr(self.servers, "client", None))  # TEMPORARY
+        sources = {name: lua.source(name).encode() for name in lua.SCRIPTS if name != "enqueue"}
+        self._scripts = {name: AsyncScript(cast(Client, None), source) for name, source in sources.items()}
         self._lease_ms = _ms(settings.lease_seconds)
         self._log_ms = settings.log_retention_seconds * 1000
         self._order_ms = settings.order_retention_seconds * 1000
@@ -163,7 +170,7 @@ class EventLog:
         reply, has_replicas = await self._create(generation_id, args)
         if reply[0] == b"CREATED":
             if not has_replicas:
-                await self._run("retract", self._keys_of(generation_id), [generation_id])
+                await self._run("retract", generation_id, [generation_id])
                 raise Unavailable("too few replicas of Redis are up to keep this safe; try again", code="not_durable")
             return True
         if reply[2]:
@@ -180,20 +187,28 @@ class EventLog:
     async def _create(self, generation_id: str, args: list[Any]) -> tuple[Any, bool]:
         """What `create` answers, and whether enough replicas have what it wrote."""
         if not self._settings.wait_replicas:
-            return await self._run("create", self._keys_of(generation_id), args), True
-        async with self.redis.pipeline(transaction=False) as pipe:  # WAIT speaks of its own connection's writes
-            await self._scripts["create"](keys=self._keys_of(generation_id), args=args, client=pipe)
-            pipe.wait(self._settings.wait_replicas, self._settings.wait_milliseconds)
-            reply, replicas = await self._told(pipe.execute())
+            return await self._run("create", generation_id, args), True
+
+        async def create_and_wait(client: Client) -> Any:
+            async with client.pipeline(transaction=False) as pipe:  # WAIT speaks of its own connection's writes
+                await self._scripts["create"](keys=self._keys_of(generation_id), args=args, client=pipe)
+                pipe.wait(self._settings.wait_replicas, self._settings.wait_milliseconds)
+                return await pipe.execute()
+
+        reply, replicas = await self._ask(generation_id, create_and_wait)
         return reply, replicas >= self._settings.wait_replicas
 
     async def is_durable(self, generation_id: str) -> bool:
         """Have enough replicas the end of this log? Only WAIT behind a write of the same connection can tell."""
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.pexpire(self.keys.order(generation_id), self._order_ms)
-            pipe.xrevrange(self.keys.log(generation_id), "+", "-", 1)
-            pipe.wait(self._settings.wait_replicas, self._settings.wait_milliseconds)
-            _, reply, replicas = await self._told(pipe.execute())
+
+        async def write_and_wait(client: Client) -> Any:
+            async with client.pipeline(transaction=False) as pipe:
+                pipe.pexpire(self.keys.order(generation_id), self._order_ms)
+                pipe.xrevrange(self.keys.log(generation_id), "+", "-", 1)
+                pipe.wait(self._settings.wait_replicas, self._settings.wait_milliseconds)
+                return await pipe.execute()
+
+        _, reply, replicas = await self._ask(generation_id, write_and_wait)
         last = _entries(reply)
         return bool(last) and is_terminal(last[0].data) and replicas >= self._settings.wait_replicas
 
@@ -204,24 +219,27 @@ class EventLog:
         head = encode(event).removesuffix(b"}")
         args: list[Any] = [generation_id, self.keys.push(generation_id), outcome(event), head]
         args += [self._log_ms, self._order_ms, self.keys.nudge, "" if held_at is None else held_at]
-        reply = await self._run("close", self._keys_of(generation_id), args)
+        reply = await self._run("close", generation_id, args)
         if reply[0] == b"GONE":
             raise NotFound(f"no generation {generation_id}")
+        if reply[0] == b"CLOSED":
+            metrics.GENERATIONS_ENDED.labels(outcome(event)).inc()
         return cast(Status, reply[1].decode()) if len(reply) > 1 else "in_progress"
 
     async def delete(self, generation_id: str) -> None:
         """Close if it runs, then erase log and prompt; a tombstone stays for the order's retention."""
         await self.close(generation_id, Cancelled("delete"))
-        await self._run("erase", self._keys_of(generation_id)[:2], [self._order_ms])
+        await self._run("erase", generation_id, [self._order_ms])
 
     async def attend(self, generation_ids: Iterable[str]) -> None:
         """Say that somebody reads these; matters to orders with `on_disconnect: cancel`."""
+
+        async def ask(pipe: Pipeline, generation_id: str) -> None:
+            await self._scripts["attend"]([self.keys.order(generation_id)], [self._abandon_ms], client=pipe)
+
         ids = list(generation_ids)
         for start in range(0, len(ids), PAGE):
-            async with self.redis.pipeline(transaction=False) as pipe:
-                for generation_id in ids[start : start + PAGE]:
-                    await self._scripts["attend"]([self.keys.order(generation_id)], [self._abandon_ms], client=pipe)
-                await pipe.execute()
+            await self._ask_each(ids[start : start + PAGE], ask)
 
     # --- the worker's side
 
@@ -232,8 +250,9 @@ class EventLog:
         from; whether the attempt does so is in the claim: the tail may have moved, or the server may be another."""
         args: list[Any] = [hint.generation_id, self.keys.push(hint.generation_id), hint.epoch, nonce, self._lease_ms]
         args += [_ms(self._settings.max_generation_seconds), ALIVE_MS, self._log_ms, self._order_ms, owner, continues]
-        reply = await self._run("claim", self._keys_of(hint.generation_id), args)
+        reply = await self._run("claim", hint.generation_id, args)
         if reply[0] != b"OK":
+            _count_abandoned(reply)
             return None
         epoch, attempt = int(reply[1]), int(reply[2])
         model, provider, prompt, left, mode = reply[3:]
@@ -249,13 +268,18 @@ class EventLog:
         )
 
     async def append(self, appends: Sequence[Append]) -> list[Answer]:
-        """Append to many generations in one step, in the order given. Sending the same events again is harmless."""
+        """Append to many generations of one lane in one step, in the order given. Sending the same events again is
+        harmless."""
         keys = [key for one in appends for key in self._keys_of(one.generation_id)]
         args: list[Any] = [self._lease_ms, ALIVE_MS, self._log_ms, self._order_ms]
         for one in appends:
             args += [one.generation_id, self.keys.push(one.generation_id), one.epoch, one.first_seq]
             args += [one.final or "", len(one.events), *one.events]
-        replies = await self._run("append", keys, args)
+        replies = await self._run("append", appends[0].generation_id, args, keys)
+        for one, reply in zip(appends, replies, strict=True):
+            if one.final and reply[0] == b"OK":
+                metrics.GENERATIONS_ENDED.labels(one.final).inc()
+            _count_abandoned(reply)
         return [Answer(reply[0].decode(), *reply[1:]) for reply in replies]
 
     async def release(self, generation_id: str, epoch: int) -> Hint | None:
@@ -268,14 +292,14 @@ class EventLog:
             self._max_queue_ms,
         ]
         args += [self._settings.max_attempts, MAX_RELEASES, self._log_ms, self._order_ms]
-        return _hint(generation_id, await self._run("release", self._keys_of(generation_id), args))
+        return _hint(generation_id, await self._run("release", generation_id, args))
 
     # --- the reaper's side
 
     async def due(self, partition: str, limit: int = 100) -> list[str]:
         """The ids of a partition whose lease has ended (none while the grace guard holds)."""
         keys = [self.keys.leases(partition), self.keys.reaper(partition)]
-        return [found.decode() for found in await self._run("due", keys, [self._lease_ms, limit])]
+        return [found.decode() for found in await self._run("due", partition, [self._lease_ms, limit], keys)]
 
     async def reap(self, generation_id: str, *, expire_epoch: int | None = None) -> Hint | None:
         """Make an expired generation claimable, or end it. Answers the hint to send, if there is one.
@@ -284,15 +308,17 @@ class EventLog:
         args: list[Any] = [generation_id, self.keys.push(generation_id), self._claim_grace_ms, self._max_queue_ms]
         args += [self._settings.max_attempts, ALIVE_MS, self._log_ms, self._order_ms]
         args += ["" if expire_epoch is None else expire_epoch]
-        return _hint(generation_id, await self._run("reap", self._keys_of(generation_id), args))
+        return _hint(generation_id, await self._run("reap", generation_id, args))
 
     async def held_by(self, owner: str, partition: str) -> list[tuple[str, int]]:
         """The generations of a partition that a process holds, each with its epoch."""
-        ids = [found.decode() for found in await self.redis.zrange(self.keys.leases(partition), 0, -1)]
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for generation_id in ids:
-                pipe.hmget(self.keys.order(generation_id), ["owner", "epoch", "nonce"])
-            replies = await pipe.execute()
+        leases = self.keys.leases(partition)
+        ids = [found.decode() for found in await self._ask(partition, lambda client: client.zrange(leases, 0, -1))]
+
+        async def ask(pipe: Pipeline, generation_id: str) -> None:
+            pipe.hmget(self.keys.order(generation_id), ["owner", "epoch", "nonce"])
+
+        replies = await self._ask_each(ids, ask)
         held = zip(ids, replies, strict=True)
         return [(one, int(epoch)) for one, (by, epoch, nonce) in held if nonce and by == owner.encode()]
 
@@ -300,62 +326,109 @@ class EventLog:
 
     async def order(self, generation_id: str) -> Order | None:
         """The order, or None."""
-        reply = await self.redis.hmget(self.keys.order(generation_id), ORDER_FIELDS)  # type: ignore[misc]
-        return _order(generation_id, reply)
+        return _order(generation_id, await self._fields(generation_id, ORDER_FIELDS))
 
     async def orders(self, generation_ids: Sequence[str]) -> list[Order]:
         """Those of these orders that still stand, in the order given, in one round trip."""
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for generation_id in generation_ids:
-                pipe.hmget(self.keys.order(generation_id), ORDER_FIELDS)
-            replies = await pipe.execute()
+
+        async def ask(pipe: Pipeline, generation_id: str) -> None:
+            pipe.hmget(self.keys.order(generation_id), ORDER_FIELDS)
+
+        replies = await self._ask_each(generation_ids, ask)
         found = (_order(*pair) for pair in zip(generation_ids, replies, strict=True))
         return [order for order in found if order is not None]
 
     async def asked(self, generation_id: str) -> tuple[Prompt, dict[str, Any]] | None:
         """The prompt and the dialect's options of an order; None when it is gone or was deleted."""
-        prompt, options = await self.redis.hmget(self.keys.order(generation_id), ["prompt", "options"])  # type: ignore[misc]
+        prompt, options = await self._fields(generation_id, ["prompt", "options"])
         return (Prompt.from_json(prompt), orjson.loads(options or b"{}")) if prompt else None
 
     async def read(self, generation_id: str, after: str = "-", count: int = PAGE) -> list[Entry]:
         """At most `count` entries that follow the id `after` (`-`: from the beginning)."""
-        start = "-" if after == "-" else f"({after}"
-        return _entries(await self.redis.xrange(self.keys.log(generation_id), start, "+", count))
+        log, start = self.keys.log(generation_id), "-" if after == "-" else f"({after}"
+        return _entries(await self._ask(generation_id, lambda client: client.xrange(log, start, "+", count)))
 
     async def entry(self, generation_id: str, entry_id: str) -> Entry | None:
-        found = _entries(await self.redis.xrange(self.keys.log(generation_id), entry_id, entry_id, 1))
+        log = self.keys.log(generation_id)
+        found = _entries(await self._ask(generation_id, lambda client: client.xrange(log, entry_id, entry_id, 1)))
         return found[0] if found else None
 
     async def tail(self, generation_id: str) -> Entry | None:
         """The last entry of a log, or None where there is no log."""
-        found = _entries(await self.redis.xrevrange(self.keys.log(generation_id), "+", "-", 1))
+        log = self.keys.log(generation_id)
+        found = _entries(await self._ask(generation_id, lambda client: client.xrevrange(log, "+", "-", 1)))
         return found[0] if found else None
 
     async def tails(self, generation_ids: Sequence[str]) -> list[Position | None]:
         """Where each of these logs ends, in one round trip; None where there is no log."""
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for generation_id in generation_ids:
-                pipe.xrevrange(self.keys.log(generation_id), "+", "-", 1)
-            replies = await pipe.execute()
+
+        async def ask(pipe: Pipeline, generation_id: str) -> None:
+            pipe.xrevrange(self.keys.log(generation_id), "+", "-", 1)
+
+        replies = await self._ask_each(generation_ids, ask)
         return [parse_id(reply[0][0]) if reply else None for reply in replies]
 
     def _keys_of(self, generation_id: str) -> list[str]:
         keys = self.keys
         return [keys.order(generation_id), keys.log(generation_id), keys.leases(generation_id[-1])]
 
-    async def _run(self, name: str, keys: list[str], args: list[Any]) -> Any:
-        return await self._told(self._scripts[name](keys=keys, args=args))
+    async def _fields(self, generation_id: str, names: list[str]) -> Any:
+        order = self.keys.order(generation_id)
+        return await self._ask(generation_id, lambda client: client.hmget(order, names))
 
-    async def _told(self, asking: Awaitable[Any]) -> Any:
-        """The answer, or Unavailable where Redis has no room to write."""
-        try:
-            return await asking
-        except ResponseError as error:
-            if isinstance(error, OutOfMemoryError) or str(error).startswith("MISCONF"):
-                raise Unavailable(
-                    "Redis has no room to write; nothing was lost, try again", code="store_full"
-                ) from error
-            raise
+    # --- asking the servers
+
+    def lane_of(self, generation_id: str) -> str:
+        """The lane this generation is in: one append can hold those of one lane only."""
+        return next(lane for lane in self.servers.lanes if generation_id[-1] in lane)
+
+    async def is_reachable(self) -> bool:
+        """Does any of the servers answer? Raises redis' errors when none does."""
+        asked = [cast("asyncio.Future[bool]", client.ping()) for client in await self.servers.all()]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failed = [answer for answer in answers if isinstance(answer, BaseException)]
+        if len(failed) == len(answers):
+            raise failed[0]
+        return True
+
+    async def _run(self, name: str, generation_id: str, args: list[Any], keys: list[str] | None = None) -> Any:
+        script, keys = self._scripts[name], keys or self._keys_of(generation_id)
+        return await self._ask(generation_id, lambda client: script(keys=keys, args=args, client=client))
+
+    async def _ask_each(self, ids: Sequence[str], ask: Callable[[Pipeline, str], Awaitable[None]]) -> list[Any]:
+        """One question about each generation, in one round trip to each server; the answers in the order of `ids`."""
+
+        async def ask_lane(lane: list[str]) -> dict[str, Any]:
+            async def ask_all(client: Client) -> list[Any]:
+                async with client.pipeline(transaction=False) as pipe:
+                    for generation_id in lane:
+                        await ask(pipe, generation_id)
+                    return await pipe.execute()
+
+            return dict(zip(lane, await self._ask(lane[0], ask_all), strict=True))
+
+        lanes: dict[str, list[str]] = {}
+        for generation_id in ids:
+            lanes.setdefault(self.lane_of(generation_id), []).append(generation_id)
+        answers: dict[str, Any] = {}
+        for found in await asyncio.gather(*map(ask_lane, lanes.values())):
+            answers |= found
+        return [answers[generation_id] for generation_id in ids]
+
+    async def _ask(self, generation_id: str, ask: Callable[[Client], Any]) -> Any:
+        """The answer of the server in charge (of a generation's partition, its last digit); in a Cluster that moved, of
+        the next one. Raises Unavailable where it has no room to write."""
+        for _ in range(ASK_AGAIN):
+            try:
+                return await ask(await self.servers.at(generation_id[-1]))
+            except (ResponseError, *AWAY) as error:
+                if isinstance(error, OutOfMemoryError) or str(error).startswith("MISCONF"):
+                    raise Unavailable(
+                        "Redis has no room to write; nothing was lost, try again", code="store_full"
+                    ) from error
+                if not self.servers.doubt(error):
+                    raise
+        raise ConnectionError("the Redis Cluster is being rearranged")
 
 
 def gone(order: Order) -> Gone:
@@ -376,7 +449,14 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
+def _count_abandoned(reply: list[Any]) -> None:
+    if reply[0] == b"ABANDONED":  # the script that says so has cancelled it
+        metrics.GENERATIONS_ENDED.labels("cancelled").inc()
+
+
 def _hint(generation_id: str, reply: list[Any]) -> Hint | None:
+    if reply[0] == b"ENDED":
+        metrics.GENERATIONS_ENDED.labels(reply[1].decode()).inc()
     return Hint(generation_id, int(reply[1]), int(reply[2])) if reply[0] == b"HINT" else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+from shared import metrics
 from shared.event_log import EventLog
 from shared.jobs import Jobs
 from shared.observability import logger
@@ -18,11 +19,18 @@ log = logger("reaper")
 
 
 async def reap_forever(event_log: EventLog, jobs: Jobs) -> None:
-    """Look at all partitions, again and again, until cancelled. Redis being away only delays it."""
+    """Look at all partitions, again and again, until cancelled. Redis being away only delays it; of a Cluster, a node
+    that is away delays no other."""
+    async with asyncio.TaskGroup() as group:
+        for lane in event_log.servers.lanes:
+            group.create_task(_reap_lane(event_log, jobs, lane))
+
+
+async def _reap_lane(event_log: EventLog, jobs: Jobs, lane: str) -> None:
     while True:
         await asyncio.sleep(INTERVAL_SECONDS * random.uniform(0.75, 1.25))
         try:
-            await asyncio.gather(*(reap_partition(event_log, jobs, partition) for partition in PARTITIONS))
+            await asyncio.gather(*(reap_partition(event_log, jobs, partition) for partition in lane))
         except TROUBLE as error:
             log.warning("reaper.delayed", error=type(error).__name__)
 
@@ -52,5 +60,6 @@ async def reap_partition(event_log: EventLog, jobs: Jobs, partition: str) -> int
             continue
         if hint is not None:
             log.info("generation.hinted_again", generation_id=generation_id, hint=hint.n)
+            metrics.HINTED_AGAIN.inc()
             sent += 1
     return sent

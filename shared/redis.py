@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, Sentinel
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import ExponentialBackoff
@@ -136,11 +138,34 @@ def connect(
         "retry_on_error": [ConnectionError, TimeoutError, BusyLoadingError, OSError],
     }
     try:
-        if "+sentinel:" in url:
-            return Redis.from_pool(_pool_of_the_primary(url, options))
-        return Redis.from_pool(BlockingConnectionPool.from_url(url, **options))
+        from_sentinel = "+sentinel:" in url
+        pool = _pool_of_the_primary(url, options) if from_sentinel else BlockingConnectionPool.from_url(url, **options)
     except ValueError as error:
         raise SettingsError(f"REDIS_URL or REJOIN_QUEUE_URL: {error}") from None
+    pool.connection_class = over_uvloop(pool.connection_class)
+    return Redis.from_pool(pool)
+
+
+def over_uvloop(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The same kind of connection, for which a peer that has just broken it off is a ConnectionError.
+
+    uvloop says RuntimeError where asyncio's own loop says nothing and lets the next read fail. redis-py does not know
+    it, so it would be taken for a mistake of ours and end the process."""
+
+    class Connection(kind):  # type: ignore[valid-type, misc]
+        async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                await super().send_packed_command(*args, **kwargs)
+            except RuntimeError as error:
+                raise ConnectionError("the connection was closed as it was written to") from error
+
+        async def read_response(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super().read_response(*args, **kwargs)
+            except RuntimeError as error:
+                raise ConnectionError("the connection was closed as it was read") from error
+
+    return Connection
 
 
 class Primary:
@@ -191,16 +216,16 @@ def address_of(host_port: str, default_port: int) -> tuple[str, int]:
     return parts.hostname, parts.port or default_port
 
 
-async def when_reachable(client: Client) -> None:
-    """Wait until Redis answers. Raises SettingsError for one that would lose generations without a word."""
+async def when_reachable(servers: Callable[[], Awaitable[list[Client]]]) -> None:
+    """Wait until each server answers. Raises SettingsError for one that would lose generations without a word."""
     while True:
         try:
-            policy = await _eviction_policy(client)
+            policies = {await _eviction_policy(client) for client in await servers()}
             break
         except AWAY as error:
             log.warning("redis.not_yet_reachable", error=type(error).__name__)
             await asyncio.sleep(0.5)
-    if policy != "noeviction":
+    for policy in policies - {"noeviction"}:
         raise SettingsError(
             f"REDIS_URL: this Redis evicts keys when its memory is full (maxmemory-policy {policy}), and would lose "
             "generations without a word: set maxmemory-policy noeviction"

@@ -92,7 +92,7 @@ class Reader:
             response.status = int(head[0].split()[1])
             response.headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in head[1:] if line)}
             pending = b""
-            async for chunk in _body(reader, response):
+            async for chunk in body_of(reader, response):
                 response.body += chunk
                 pending = self._take(pending + chunk)
                 if stop_after is not None and len(self.blocks) - blocks_before >= stop_after:
@@ -130,7 +130,7 @@ class Reader:
         return pending
 
 
-async def _body(reader: asyncio.StreamReader, response: Response) -> Any:
+async def body_of(reader: asyncio.StreamReader, response: Response) -> Any:
     """The body's pieces as they come; sets `clean` when it is ended properly."""
     if response.headers.get("transfer-encoding") == "chunked":
         while size := int(await reader.readuntil(b"\r\n"), 16):

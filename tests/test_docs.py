@@ -19,14 +19,14 @@ import pytest
 
 import api.routes
 from api.error_handlers import STATUS
-from shared import errors
+from shared import errors, metrics
 from shared.config import Settings, setting_name
 from shared.events import EVENTS
 from shared.redis import Keys
 from tests.conftest import RejoinUp
 from tests.processes import ROOT
 from tests.reader import Reader
-from worker.providers.openai_compatible import FAILURES
+from worker.providers.upstream_http import FAILURES
 
 OWN_CODE = ("api", "worker", "shared", "cli")
 PAGES = sorted(
@@ -182,6 +182,47 @@ def test_every_script_is_described() -> None:
     """The table of scripts has one row for each script there is."""
     files = {path.stem for path in (ROOT / "shared/lua").glob("*.lua")} - {"prelude"}
     assert {quoted(cells[0])[0] for cells in rows(section("docs/protocol.md", "The scripts"))} == files
+
+
+# ---- The faults ----
+
+FAULTS = 28
+
+
+def test_every_fault_has_its_row_and_every_row_its_tests() -> None:
+    """docs/faults.md goes from F1 to the last one, and each row names tests that exist."""
+    lines = re.findall(r"(?m)^\| (F\d+) \|.*\|(.*)\|$", text_of("docs/faults.md"))
+    found = {fault: re.findall(r"`(tests/[^`]*)`", shown_by) for fault, shown_by in lines}
+    assert list(found) == [f"F{n}" for n in range(1, FAULTS + 1)]
+    for fault, tests in found.items():
+        assert tests, f"{fault} names no test"
+        for path, _, name in (test.partition("::") for test in tests):
+            assert re.search(rf"(?m)^(async )?def {name}\(", text_of(path)), f"{fault}: no {name} in {path}"
+
+
+# ---- Metrics ----
+
+
+def test_the_table_of_metrics_is_the_code() -> None:
+    """Each metric is in docs/metrics.md with its type, its label and all values of that, and no other metric is."""
+    documented = {
+        quoted(cells[0])[0]: (cells[1], quoted(cells[2])) for cells in rows(section("docs/metrics.md", "The table"))
+    }
+    told = {}
+    for family in metrics.REGISTRY.collect():
+        if family.name.startswith("rejoin_"):
+            labels = [label for one in family.samples for label in one.labels.items() if label[0] != "le"]
+            names = list(dict.fromkeys(name for name, _ in labels))
+            values = list(dict.fromkeys(value for _, value in labels))
+            told[family.name + "_total" * (family.type == "counter")] = (family.type, names + values)
+    assert documented == told
+
+
+def test_every_metric_that_is_asked_for_exists() -> None:
+    """The queries of docs/metrics.md name what a scrape has, or a metric as a whole."""
+    families = list(metrics.REGISTRY.collect())
+    known = {family.name for family in families} | {sample.name for family in families for sample in family.samples}
+    assert set(re.findall(r"\brejoin_[a-z_]+\b", text_of("docs/metrics.md"))) <= known
 
 
 # ---- The house ----

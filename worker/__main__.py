@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from shared import observability
+from shared import metrics, observability
 from shared.config import Settings, load
 from shared.errors import SettingsError
 from shared.redis import AWAY, Keys, connect, queue_url
@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
         if "--health" in argv:
             return asyncio.run(_health(settings))
         observability.configure(settings.log_format, settings.log_level)
+        metrics.serve(settings.metrics_host, settings.metrics_port)
         asyncio.set_event_loop(uvloop.new_event_loop())
         Worker(settings).run()
     except SettingsError as error:

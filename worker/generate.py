@@ -12,6 +12,7 @@ import time
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass, replace
 
+from shared import metrics
 from shared.config import ModelTable, Settings
 from shared.errors import CallerError, OurError, UpstreamError
 from shared.event_log import Claim, EventLog, Hint
@@ -64,19 +65,22 @@ class Generator:
             log.debug("hint.stale", generation_id=hint.generation_id, epoch=hint.epoch)
             return
         said = past.said if past and claim.continued else None
+        mode = "continued" if said else "fresh"
+        metrics.ATTEMPTS_STARTED.labels(mode).inc()
         log.info(
             "generation.started",
             generation_id=claim.generation_id,
             attempt=claim.attempt,
             model=claim.model,
-            mode="continued" if said else "fresh",
+            mode=mode,
         )
         with self._writer.open(claim, sent_at) as attempt:
+            attempt.upstream_id = said.accepted_id if said else None
             try:
                 await self._run(claim, attempt, said)
             except asyncio.CancelledError:
                 # The worker is stopping. This is the edge of the job: ARQ would only log a traceback of it.
-                await asyncio.shield(self._hand_over(attempt))
+                await asyncio.shield(self._hand_over(claim, attempt))
 
     def warm_up(self) -> None:
         """Build the providers before the first prompt: importing an SDK would hold up the event loop then."""
@@ -133,6 +137,7 @@ class Generator:
         if attempt.lost == "UNREACHABLE":
             await self._release_when_back(claim)
         if attempt.lost:
+            await self._abandon(claim, attempt)
             log.info("generation.lost", generation_id=claim.generation_id, attempt=claim.attempt, reason=attempt.lost)
 
     async def _drive(self, claim: Claim, attempt: Attempt, said: Said | None) -> None:
@@ -150,6 +155,8 @@ class Generator:
             seconds=round(time.monotonic() - attempt.started_at, 3),
             **fields,
         )
+        if isinstance(finished, Failed):
+            await self._abandon(claim, attempt)
 
     async def _until_durable(self, attempt: Attempt) -> None:
         """Where replicas are to have it: keep what heals a failover until they have the end. No reader waits for it."""
@@ -193,7 +200,10 @@ class Generator:
         async with aclosing(self._provider(claim.model).stream(prompt, said)) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, Completed):
+                    attempt.upstream_id = None  # there is nothing left to stop
                     return event
+                if isinstance(event, UpstreamAccepted):
+                    attempt.upstream_id = event.id
                 if first and not isinstance(event, SourceAdded | UpstreamAccepted):
                     event, first = replace(event, at=_redis_now(claim, attempt)), False
                 attempt.put(encode(event))
@@ -210,7 +220,7 @@ class Generator:
             return nullcontext()
         return self._slots.setdefault(route.name, asyncio.Semaphore(route.concurrency))
 
-    async def _hand_over(self, attempt: Attempt) -> None:
+    async def _hand_over(self, claim: Claim, attempt: Attempt) -> None:
         try:
             async with asyncio.timeout(FLUSH_SECONDS):
                 await attempt.settled()
@@ -218,6 +228,21 @@ class Generator:
             pass
         if attempt.lost is None and not (attempt.final and attempt.is_settled):
             await self._release(attempt.generation_id, attempt.epoch)
+        await self._abandon(claim, attempt)
+
+    async def _abandon(self, claim: Claim, attempt: Attempt) -> None:
+        """Stop an upstream that goes on without us, if nobody will come back to it; to close its connection does not.
+
+        Whoever was handed the generation, or has taken it, does come back, unless it began afresh."""
+        if attempt.upstream_id is None:
+            return
+        try:
+            order = await self._event_log.order(attempt.generation_id)
+            if order is None or order.ended or (order.fresh or 0) > attempt.epoch:
+                await self._provider(claim.model).abandon(attempt.upstream_id)
+                log.info("upstream.stopped", generation_id=attempt.generation_id)
+        except (*TROUBLE, UpstreamError, CallerError) as error:  # then it goes on to its own end
+            log.warning("upstream.not_stopped", generation_id=attempt.generation_id, error=type(error).__name__)
 
     async def _release_when_back(self, claim: Claim) -> None:
         """This worker gave up because it did not reach Redis, not because it died: nothing is to be charged for it."""
@@ -233,6 +258,7 @@ class Generator:
             if hint is not None:
                 await self._jobs.send(hint)
                 log.info("generation.released", generation_id=generation_id)
+                metrics.GENERATIONS_RELEASED.inc()
             return True
         except TROUBLE as error:
             log.warning("generation.not_released", generation_id=generation_id, error=type(error).__name__)

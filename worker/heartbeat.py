@@ -10,6 +10,7 @@ import os
 import socket
 import time
 
+from shared.cluster import Servers
 from shared.event_log import process_name
 from shared.observability import logger
 from shared.redis import TROUBLE, Client, Keys
@@ -36,10 +37,11 @@ async def renew_leases(writer: Writer, lease_seconds: float) -> None:
         writer.give_up_blind()
 
 
-async def hear_nudges(redis: Client, keys: Keys, writer: Writer) -> None:
+async def hear_nudges(servers: Servers, keys: Keys, writer: Writer) -> None:
     """When somebody closed a log from outside, ask at once instead of at the next heartbeat."""
     while True:
         try:
+            redis, *_ = await servers.all()  # a Cluster passes on to each node what one of them is told
             async with redis.pubsub() as channel:
                 await channel.subscribe(keys.nudge)
                 async for message in channel.listen():
@@ -47,6 +49,7 @@ async def hear_nudges(redis: Client, keys: Keys, writer: Writer) -> None:
                     if attempt is not None:
                         writer.renew(attempt)
         except TROUBLE as error:
+            servers.doubt(error)
             log.warning("nudges.redis_away", error=type(error).__name__)
             await asyncio.sleep(0.2)
 

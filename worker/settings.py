@@ -14,6 +14,8 @@ from typing import Any
 import arq.worker
 from arq.connections import ArqRedis
 
+from shared import metrics
+from shared.cluster import servers_of
 from shared.config import Settings, load, model_table
 from shared.event_log import EventLog, Hint
 from shared.jobs import FUNCTION, Jobs, deserialize, serialize
@@ -35,12 +37,12 @@ class Runtime:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.keys = Keys(settings.key_prefix)
-        self.redis = connect(settings.redis_url, connections=8)
+        self.servers = servers_of(settings.redis_url, connections=8)
         self.queue = connect(queue_url(settings), connections=4)
-        self.listening = connect(settings.redis_url, connections=1, timeout_seconds=None)
-        event_log = EventLog(self.redis, settings)
+        self.listening = servers_of(settings.redis_url, connections=1, timeout_seconds=None)
+        event_log = EventLog(self.servers, settings)
         self.jobs = Jobs(self.queue, self.keys)
-        writer = Writer(EventLog(connect(settings.redis_url, connections=1), settings), settings.lease_seconds)
+        writer = Writer(EventLog(servers_of(settings.redis_url, connections=1), settings), settings.lease_seconds)
         self.event_log, self.writer = event_log, writer
         self.generator = Generator(settings, model_table(settings), event_log, self.jobs, writer, worker_name())
         self._stopping = asyncio.Event()
@@ -48,8 +50,10 @@ class Runtime:
 
     async def start(self) -> None:
         """Wait for Redis, then begin. Raises SettingsError when the Redis there is would lose generations."""
-        await when_reachable(self.redis)
+        await when_reachable(self.servers.all)
         self.generator.warm_up()
+        metrics.ATTEMPTS_RUNNING.set_function(lambda: len(self.writer.attempts))
+        metrics.PENDING_BYTES.set_function(lambda: self.writer.pending_bytes)
         self._owner = asyncio.create_task(self._own())
         self._owner.add_done_callback(_end_process_if_broken)
 
@@ -58,8 +62,8 @@ class Runtime:
         if self._owner is not None:
             await asyncio.wait([self._owner])
         await self.generator.aclose()
-        for client in (self.redis, self.queue, self.listening, self.writer.redis):
-            await client.aclose()
+        for part in (self.servers, self.queue, self.listening, self.writer):
+            await part.aclose()
 
     async def _own(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -69,6 +73,7 @@ class Runtime:
                 group.create_task(hear_nudges(self.listening, self.keys, self.writer)),
                 group.create_task(show_life(self.queue, self.keys)),
                 group.create_task(reap_forever(self.event_log, self.jobs)),
+                group.create_task(metrics.watch_loop()),
             ]
             await self._stopping.wait()
             for task in tasks:

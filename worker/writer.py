@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from shared import metrics
 from shared.config import MAX_GENERATION_BYTES
 from shared.errors import UpstreamError
 from shared.event_log import LOG_LOST, Answer, Append, Claim, EventLog
@@ -38,6 +39,18 @@ class Lost(Exception):
         self.reason = reason
 
 
+@dataclass
+class Lane:
+    """The attempts that one append can speak for: those with something to say, and what wakes the lane's task."""
+
+    dirty: dict[Attempt, None] = field(default_factory=dict)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def mark(self, attempt: Attempt) -> None:
+        self.dirty[attempt] = None
+        self.wake.set()
+
+
 @dataclass(eq=False)
 class Attempt:
     """One run of a generation by this worker: its numbered events, and how far Redis has them."""
@@ -45,6 +58,7 @@ class Attempt:
     generation_id: str
     epoch: int
     writer: Writer
+    lane: Lane
     started_at: float  # monotonic: when the claim was sent
     confirmed_at: float  # monotonic: when the last append that succeeded was sent
     events: list[bytes] = field(default_factory=list)  # those with the seqs base + 1, base + 2, …
@@ -54,6 +68,7 @@ class Attempt:
     pending: int = 0  # bytes not yet acknowledged
     final: Status | None = None
     lost: str | None = None
+    upstream_id: str | None = None  # under which the upstream goes on without this worker, where it would
     on_lost: Callable[[], object] | None = None
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -106,6 +121,8 @@ class Attempt:
         """The log is somebody else's, or gone: whoever drives the upstream is told."""
         if self.lost is None:
             self.lost = reason
+            if not (self.final and self.is_settled):
+                metrics.ATTEMPTS_LOST.labels(reason).inc()
             self.moved.set()
             if self.on_lost:
                 self.on_lost()
@@ -134,28 +151,28 @@ class Attempt:
 
 
 class Writer:
-    """Group-commits: sends at once when nothing is in flight, else gathers. `run` is its one task."""
+    """Group-commits: sends at once when nothing is in flight, else gathers. Of a Redis Cluster each partition is a lane
+    of its own, which the others do not wait for; otherwise there is one lane."""
 
     def __init__(self, event_log: EventLog, lease_seconds: float) -> None:
-        self.redis = event_log.redis
         self.attempts: dict[str, Attempt] = {}
         self.pending_bytes = 0
         self.retained_bytes = 0
         self._event_log = event_log
         self._lease_seconds = lease_seconds
-        self._dirty: dict[Attempt, None] = {}
+        self._lanes = {name: Lane() for name in event_log.servers.lanes}
         self._has_paused = False
-        self._wake = asyncio.Event()
 
     @contextmanager
     def open(self, claim: Claim, claimed_at: float) -> Iterator[Attempt]:
         """Begin an attempt; `claimed_at` is the monotonic time at which the claim was sent."""
-        attempt = Attempt(claim.generation_id, claim.epoch, self, claimed_at, claimed_at)
+        lane = self._lanes[self._event_log.lane_of(claim.generation_id)]
+        attempt = Attempt(claim.generation_id, claim.epoch, self, lane, claimed_at, claimed_at)
         self.attempts[claim.generation_id] = attempt
         try:
             yield attempt
         finally:
-            self._dirty.pop(attempt, None)
+            lane.dirty.pop(attempt, None)
             if self.attempts.get(claim.generation_id) is attempt:
                 del self.attempts[claim.generation_id]
             self.pending_bytes -= attempt.pending
@@ -169,13 +186,11 @@ class Writer:
         if self.retained_bytes > MAX_RETAINED_BYTES:
             self.retained_bytes -= attempt.forget_acked()
         self._has_paused = self._has_paused or self.is_full
-        self._dirty[attempt] = None
-        self._wake.set()
+        attempt.lane.mark(attempt)
 
     def renew(self, attempt: Attempt) -> None:
         """Have the next append speak for this attempt, even if it has nothing to say."""
-        self._dirty[attempt] = None
-        self._wake.set()
+        attempt.lane.mark(attempt)
 
     @property
     def is_full(self) -> bool:
@@ -194,36 +209,37 @@ class Writer:
 
     async def run(self) -> None:
         """Append for ever. Redis being away only delays it: what was not acknowledged is sent again."""
+        async with asyncio.TaskGroup() as group:
+            for lane in self._lanes.values():
+                group.create_task(self._run_lane(lane))
+
+    async def aclose(self) -> None:
+        await self._event_log.servers.aclose()
+
+    async def _run_lane(self, lane: Lane) -> None:
         patience = 0.05
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while batch := self._next_batch():
+            await lane.wake.wait()
+            lane.wake.clear()
+            while batch := _next_batch(lane):
                 try:
                     await self._commit(batch)
                     patience = 0.05
                 except TROUBLE as error:
+                    metrics.APPENDS_FAILED.inc()
                     log.warning("writer.redis_away", error=type(error).__name__, generations=len(batch))
-                    self._dirty = dict.fromkeys(
-                        (*(attempt for attempt, _ in batch if self._is_open(attempt)), *self._dirty)
-                    )
+                    again = (attempt for attempt, _ in batch if self._is_open(attempt))
+                    lane.dirty = dict.fromkeys((*again, *lane.dirty))
                     await asyncio.sleep(patience)
                     patience = min(patience * 2, 0.5)
-
-    def _next_batch(self) -> list[tuple[Attempt, Append]]:
-        batch: list[tuple[Attempt, Append]] = []
-        size = 0
-        while self._dirty and len(batch) < MAX_GENERATIONS and size < MAX_BYTES:
-            attempt = next(iter(self._dirty))
-            del self._dirty[attempt]
-            append = attempt.next_append()
-            size += sum(map(len, append.events))
-            batch.append((attempt, append))
-        return batch
 
     async def _commit(self, batch: list[tuple[Attempt, Append]]) -> None:
         sent_at = time.monotonic()
         answers = await self._event_log.append([append for _, append in batch])
+        metrics.APPEND_SECONDS.observe(time.monotonic() - sent_at)
+        metrics.EVENTS_APPENDED.inc(
+            sum(len(append.events) for (_, append), answer in zip(batch, answers, strict=True) if answer.code == "OK")
+        )
         for (attempt, append), answer in zip(batch, answers, strict=True):
             if self._is_open(attempt):
                 await self._settle(attempt, append, answer, sent_at)
@@ -238,6 +254,7 @@ class Writer:
                 if self.is_uncertain(attempt):  # it took longer than a lease: ask again before going on
                     self.renew(attempt)
             case "GAP" if answer.last >= attempt.base:
+                metrics.GAPS_HEALED.inc()
                 log.info("generation.gap_healed", generation_id=attempt.generation_id, from_seq=answer.last + 1)
                 self._acknowledge(attempt, answer.last)
             case "GAP":
@@ -246,7 +263,7 @@ class Writer:
             case lost:
                 attempt.lose(lost)
         if not attempt.is_settled and not attempt.lost:
-            self._dirty[attempt] = None
+            attempt.lane.dirty[attempt] = None
         attempt.moved.set()
 
     def _acknowledge(self, attempt: Attempt, seq: int) -> None:
@@ -264,3 +281,15 @@ class Writer:
         self._has_paused = False
         for attempt in self.attempts.values():
             attempt.moved.set()
+
+
+def _next_batch(lane: Lane) -> list[tuple[Attempt, Append]]:
+    batch: list[tuple[Attempt, Append]] = []
+    size = 0
+    while lane.dirty and len(batch) < MAX_GENERATIONS and size < MAX_BYTES:
+        attempt = next(iter(lane.dirty))
+        del lane.dirty[attempt]
+        append = attempt.next_append()
+        size += sum(map(len, append.events))
+        batch.append((attempt, append))
+    return batch

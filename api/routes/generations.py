@@ -124,7 +124,8 @@ async def events(
                 state = await fold(parts, order)
                 greeting += sse.encode(_snapshot_frame(order, state))
                 cursor = sse.cursor(state.last_event_id, None)
-            opening = await open_reader(stack, parts.tail, parts.event_log, order, cursor)
+            resumed = cursor_of_client is not None
+            opening = await open_reader(stack, parts.tail, parts.event_log, order, cursor, resumed=resumed)
         except AtEnd:
             if cursor_of_client is None:  # it asked for the snapshot, and that is all there is
                 return Response(greeting, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)

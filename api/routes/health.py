@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import cast
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse
@@ -27,7 +26,7 @@ async def ready(parts: PartsOf) -> JSONResponse:
         return JSONResponse({"status": "draining"}, 503)
     try:
         async with asyncio.timeout(2):
-            await cast("asyncio.Future[bool]", parts.event_log.redis.ping())
+            await parts.event_log.is_reachable()
     except (*AWAY, TimeoutError):
         return JSONResponse({"status": "redis_away"}, 503)
     return JSONResponse({"status": "ok"})

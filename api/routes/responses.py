@@ -434,7 +434,7 @@ async def _stream(parts: Parts, order: Order, asked: Asked, after: int = -1) -> 
     """Raises Conflict when what the client has is of an attempt that was voided: there is no rest of it."""
     admit(parts)
     async with AsyncExitStack() as stack:
-        opening = await open_reader(stack, parts.tail, parts.event_log, order, None)
+        opening = await open_reader(stack, parts.tail, parts.event_log, order, None, resumed=after >= 0)
         voided = await _count_voided(parts, opening.reader)
         if after >= (voided + 1) * ATTEMPT_NUMBERS:
             raise BadRequest("starting_after: there is no event with this number yet", param="starting_after")

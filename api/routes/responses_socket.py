@@ -24,6 +24,7 @@ from api.generation import admit
 from api.relay import open_reader
 from api.routes.responses import CreateResponse, order_of
 from api.tail import Gone, Reader
+from shared import metrics
 from shared.errors import BadRequest, CallerError, Conflict, OurError, RejoinError, TooLarge, Unavailable
 from shared.events import is_terminal
 from shared.observability import logger
@@ -162,8 +163,12 @@ class Socket:
     async def _send(self, event: bytes, lane: str | None) -> None:
         if lane is not None:
             event = event[:-1] + b',"stream_id":' + orjson.dumps(lane) + b"}"
-        async with asyncio.timeout(self._parts.settings.send_timeout_seconds):
-            await self._websocket.send_text(event.decode())
+        try:
+            async with asyncio.timeout(self._parts.settings.send_timeout_seconds):
+                await self._websocket.send_text(event.decode())
+        except TimeoutError:
+            metrics.READERS_TIMED_OUT.inc()
+            raise
 
 
 def _refusal(error: RejoinError) -> bytes:

@@ -137,7 +137,7 @@ async def resume(
     if order is None or (order.ended and not ended):
         return Response(status_code=204)
     try:
-        return await _follow(parts, order, stream, await message_id_of(parts, order), reset_step)
+        return await _follow(parts, order, stream, await message_id_of(parts, order), reset_step, resumed=True)
     except Gone:
         return Response(status_code=204)
 
@@ -183,11 +183,13 @@ async def _cancel(parts: Parts, generation_id: str) -> None:
     log.info("generation.cancel", generation_id=generation_id, status=status)
 
 
-async def _follow(parts: Parts, order: Order, stream: Stream, message_id: str | None, reset_step: bool) -> Response:
+async def _follow(
+    parts: Parts, order: Order, stream: Stream, message_id: str | None, reset_step: bool, *, resumed: bool = False
+) -> Response:
     if stream == "text":
-        return await follow(parts, order, Text())
+        return await follow(parts, order, Text(), resumed=resumed)
     dialect = UiMessages(order.id, message_id=message_id, can_reset_step=reset_step)
-    return await follow(parts, order, dialect, headers=HEADERS)
+    return await follow(parts, order, dialect, headers=HEADERS, resumed=resumed)
 
 
 # --- UIMessage -> Message, as `convertToModelMessages` does it

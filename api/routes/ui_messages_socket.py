@@ -24,6 +24,7 @@ from api.generation import admit
 from api.relay import open_reader
 from api.routes.ui_messages import CHAT_ID, SendMessages, begin, message_id_of, newest
 from api.tail import Gone, Reader
+from shared import metrics
 from shared.errors import RejoinError, TooLarge, TooMany
 from shared.event_log import Order
 from shared.events import is_terminal
@@ -127,7 +128,9 @@ class Socket:
             return await self._broke(error, request_id)
         if found is None:
             return await self._say("no-active", request_id)
-        task = self._requests[request_id] = asyncio.create_task(self._follow(request_id, *found))
+        task = self._requests[request_id] = asyncio.create_task(
+            self._follow(request_id, *found, resumed=frame.type == "resume")
+        )
         task.add_done_callback(lambda _: self._requests.pop(request_id, None))
 
     def _leave(self, request_id: str) -> None:
@@ -149,11 +152,12 @@ class Socket:
             return None
         return order, UiMessages(order.id, message_id=message_id, can_reset_step=reset_step or self._reset_step)
 
-    async def _follow(self, request_id: str, order: Order, dialect: UiMessages) -> None:
+    async def _follow(self, request_id: str, order: Order, dialect: UiMessages, *, resumed: bool) -> None:
         with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):  # the client has left: so does its reader
             try:
                 async with AsyncExitStack() as stack:
-                    opening = await open_reader(stack, self._parts.tail, self._parts.event_log, order, None)
+                    parts = self._parts
+                    opening = await open_reader(stack, parts.tail, parts.event_log, order, None, resumed=resumed)
                     await self._say("start", request_id)
                     await self._chunks(request_id, opening.reader, dialect)
                 await self._say("end", request_id)
@@ -189,8 +193,12 @@ class Socket:
 
     async def _say(self, kind: str, request_id: str, **fields: Any) -> None:
         frame = orjson.dumps({"type": kind, "requestId": request_id, **fields})
-        async with asyncio.timeout(self._parts.settings.send_timeout_seconds):
-            await self._websocket.send_text(frame.decode())
+        try:
+            async with asyncio.timeout(self._parts.settings.send_timeout_seconds):
+                await self._websocket.send_text(frame.decode())
+        except TimeoutError:
+            metrics.READERS_TIMED_OUT.inc()
+            raise
 
 
 def _is_done(frame: Frame) -> bool:

@@ -1,5 +1,5 @@
 -- Forget the words of a closed generation; the tombstone says that it was, and how it ended.
--- KEYS order, log     ARGV order_ms
+-- KEYS order, log, leases     ARGV order_ms
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'GONE' end
 if not TERMINAL[status] then return 'OPEN' end

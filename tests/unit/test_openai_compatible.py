@@ -21,8 +21,10 @@ from shared.events import Completed, Output, ReasoningDelta, RefusalDelta, TextD
 from shared.prompt import Prompt
 from tests.upstream import Script, Upstream, delta, frame, words
 from tests.waiting import wait_until
-from worker.providers import Provider, Said, build, openai_compatible
-from worker.providers.openai_compatible import Answer, ServerSentEvents, retry_after_seconds
+from worker.providers import Provider, Said, build, openai_compatible, upstream_events, upstream_http
+from worker.providers.openai_compatible import Answer
+from worker.providers.upstream_events import ServerSentEvents
+from worker.providers.upstream_http import retry_after_seconds
 
 KEY = "sk-never-to-be-shown"
 QUESTION = "a question never to be shown"
@@ -361,7 +363,7 @@ async def test_silence_after_the_finish_reason_is_not_waited_out(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_compatible, "FIRST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(upstream_http, "FIRST_BACKOFF_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("quick")
@@ -564,12 +566,12 @@ def test_no_shape_of_json_gets_past(shape: Any) -> None:
     for output in answer.read(b"data: " + json.dumps(shape).encode() + b"\n\n"):
         assert events.encode(output)
     assert events.encode(Completed(answer.finish_reason or "stop", answer.usage))
-    assert answer.problem is None or answer.problem[0] in openai_compatible.FAILURES
+    assert answer.problem is None or answer.problem[0] in upstream_http.FAILURES
 
 
 def test_an_event_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that never ends does not fill the memory."""
-    monkeypatch.setattr(openai_compatible, "MAX_SSE_EVENT_BYTES", 1000)
+    monkeypatch.setattr(upstream_events, "MAX_SSE_EVENT_BYTES", 1000)
     answer = Answer()
     answer.read(b"data: " + b"x" * 900)
     assert answer.problem is None

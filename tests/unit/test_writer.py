@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import fakeredis
 import pytest
@@ -179,6 +181,21 @@ async def test_a_gap_that_cannot_be_healed_fails_honestly(log: Watched, monkeypa
                 await attempt.settled()
     state = fold(await log.read(claim.generation_id))
     assert state.status == "failed" and state.error is not None and state.error["code"] == "log_lost"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for the memory in use")
+async def test_what_is_kept_for_healing_costs_what_it_says(log: Watched) -> None:
+    """Twenty thousand short events take a few megabytes, and not the 4 KiB each that their encoder's buffers took."""
+    claim = await claimed(log)
+    with Writer(log, 3.0).open(claim, time.monotonic()) as attempt:
+        before = resident_bytes()
+        for _ in range(20_000):
+            attempt.put(delta("word "))
+        assert resident_bytes() - before < 20 * 1024 * 1024
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def test_a_fenced_attempt_is_told_at_once(log: Watched) -> None:

@@ -17,6 +17,7 @@ from shared.prompt import Prompt
 PROVIDERS = {
     "demo": "worker.providers.demo:build",
     "openai_compatible": "worker.providers.openai_compatible:build",
+    "openai_responses": "worker.providers.openai_responses:build",
 }
 
 
@@ -51,6 +52,12 @@ class Provider(Protocol):
 
         Raises UpstreamError, always typed, for every way an upstream can fail; a stream that ends without
         `Completed` was truncated. Cancelling the task that iterates closes the upstream connection at once."""
+
+    async def abandon(self, upstream_id: str) -> None:
+        """Stop what the upstream goes on saying under this id, of `UpstreamAccepted`: nobody will ask for it again.
+
+        Called when the answer has ended without it, never when another worker may take it up. Bounded in time;
+        raises UpstreamError where the upstream could not be told."""
 
     async def aclose(self) -> None:
         """Close what the provider holds open."""

@@ -90,6 +90,9 @@ class Demo:
         finish_reason: FinishReason = "stop" if len(spoken) == len(words) else "length"
         yield Completed(finish_reason, _usage(prompt, len(spoken)))
 
+    async def abandon(self, upstream_id: str) -> None:
+        """Nobody else speaks."""
+
     async def aclose(self) -> None:
         """Nothing is held open."""
 

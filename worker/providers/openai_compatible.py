@@ -1,63 +1,36 @@
 """The upstream that speaks OpenAI's Chat Completions: OpenAI itself, vLLM, Ollama, a gateway.
 
 One rule: an answer is complete when a finish reason was seen, and every other end is an UpstreamError with a
-stable code. The openai SDK sends the request and holds the connections; the bytes that come back are read here,
-because its stream takes a cut, an HTML page and an error for a normal end.
-Knows nothing of logs, jobs or clients. No error message carries a body, a prompt or a key.
+stable code. The bytes that come back are read here and not by the openai SDK, whose stream takes a cut, an HTML page
+and an error for a normal end. Knows nothing of logs, jobs or clients.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import random
-import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
-import httpx2  # the openai SDK's own transport
-import openai
-import orjson
-
-from shared.config import MAX_EVENT_TEXT_CHARS, MAX_GENERATION_BYTES, ModelRoute, Settings, upstream_key
-from shared.errors import SettingsError, UpstreamError
+from shared.config import ModelRoute, Settings
+from shared.errors import UpstreamError
 from shared.events import Completed, FinishReason, Output, ReasoningDelta, RefusalDelta, TextDelta, ToolCallDelta, Usage
 from shared.prompt import Prompt
 from worker.providers import Said
+from worker.providers.upstream_events import (
+    UNREADABLE,
+    Characters,
+    ServerSentEvents,
+    TextEvent,
+    count,
+    encodable,
+    parse,
+    pieces,
+)
+from worker.providers.upstream_http import LINGER_SECONDS, UpstreamHTTP, failure
 
-OPENAI_URL = "https://api.openai.com/v1"
-CONNECT_SECONDS = 10.0
-MAX_TRIES = 4
-FIRST_BACKOFF_SECONDS = 0.5
 SETTLE_SECONDS = 2.0  # after the finish reason: for usage, [DONE] and the end
-LINGER_SECONDS = 0.1  # when all is said: for the end, so that the connection can be used again
-MAX_SSE_EVENT_BYTES = 4 * MAX_GENERATION_BYTES
-
-# code: (what happened and what to do, may the same prompt work later)
-FAILURES: dict[str, tuple[str, bool]] = {
-    "missing_key": ("there is no key for its upstream: set {detail}, or a base URL that needs none", False),
-    "upstream_unreachable": ("its upstream could not be reached ({detail}): check that it runs, and its URL", True),
-    "upstream_timeout_first_token": ("its upstream sent no token within {detail}: try again later", True),
-    "upstream_timeout_inter_token": ("its upstream fell silent for {detail} amid the answer: try again", True),
-    "upstream_rate_limited": ("its upstream limits our requests ({detail}): try again later", True),
-    "upstream_unauthorized": ("its upstream refused our key ({detail}): check the key and what it may use", False),
-    "upstream_rejected": (
-        "its upstream rejected the request ({detail}): check its URL, the model name and the options",
-        False,
-    ),
-    "upstream_unavailable": ("its upstream is in trouble ({detail}): try again later", True),
-    "upstream_error": ("its upstream reported an error amid the stream: try again", True),
-    "upstream_invalid": ("its upstream sent what is not a chat completion stream ({detail}): check its URL", True),
-    "upstream_reset": ("the connection to its upstream broke ({detail}): try again", True),
-    "upstream_truncated": ("its upstream ended the stream without a finish reason: try again", True),
-}
-RETRIED = frozenset({"upstream_rate_limited", "upstream_unavailable", "upstream_unreachable", "upstream_reset"})
-BROKEN = (httpx2.ReadError, httpx2.WriteError, httpx2.CloseError, httpx2.RemoteProtocolError)
-STATUS_CODES = {401: "upstream_unauthorized", 403: "upstream_unauthorized", 429: "upstream_rate_limited"}
-NOT_STREAMS = ("text/html", "application/json")
 FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
@@ -65,47 +38,26 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "function_call": "tool_calls",
     "content_filter": "content_filter",
 }
-TextEvent: TypeAlias = type[TextDelta] | type[ReasoningDelta] | type[RefusalDelta]
 
 
 def build(settings: Settings, route: ModelRoute) -> OpenAICompatible:
     """Raises SettingsError where the base URL is none. A missing key shows when it is needed."""
-    base_url = route.base_url or settings.openai_base_url or OPENAI_URL
-    try:
-        parsed = httpx2.URL(base_url)
-    except httpx2.InvalidURL:
-        parsed = httpx2.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise SettingsError(f"model {route.name!r}: its base URL must be like {OPENAI_URL}")
-    return OpenAICompatible(settings, route, base_url)
+    return OpenAICompatible(UpstreamHTTP(settings, route), route)
 
 
 class OpenAICompatible:
-    """One upstream and the connections to it."""
+    """One upstream, asked for chat completions."""
 
-    def __init__(self, settings: Settings, route: ModelRoute, base_url: str) -> None:
+    def __init__(self, http: UpstreamHTTP, route: ModelRoute) -> None:
+        self._http = http
         self._route = route
-        self._is_openai = f".{httpx2.URL(base_url).host}".endswith(".api.openai.com")
-        ours = self._is_openai or base_url == settings.openai_base_url
-        # The OpenAI key goes to another host only where a route names its variable.
-        key = upstream_key(settings, route) if ours or route.api_key_env else None
-        self._has_key = key is not None
-        self._client = openai.AsyncOpenAI(
-            api_key=key or "none",  # the SDK wants one; servers without keys do not look at it
-            base_url=base_url,
-            max_retries=0,  # the SDK's two hidden retries would multiply with ours
-            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            default_headers={"Accept-Encoding": "identity"},  # a compressed stream is a delayed stream
-            http_client=httpx2.AsyncClient(
-                follow_redirects=False,  # the prompt and the key go to the configured host and to no other
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100),
-                event_hooks={"response": [_judge]},
-            ),
-        )
-        self._create = self._client.chat.completions.with_streaming_response.create  # imports much, so not at a request
+        self._create = http.client.chat.completions.with_streaming_response.create  # imports much: not at a request
 
     async def aclose(self) -> None:
-        await self._client.close()
+        await self._http.aclose()
+
+    async def abandon(self, upstream_id: str) -> None:
+        """Closing the connection was enough: such an upstream tells no id."""
 
     def can_continue(self, prompt: Prompt, said: Said) -> bool:
         """Where the route says how, and as far as it was all text: thoughts, calls and a schema cannot be taken up."""
@@ -116,10 +68,9 @@ class OpenAICompatible:
 
         Cancelling the task closes the connection wherever it waits; a consumer that stops early on its own
         closes this generator (`contextlib.aclosing`)."""
-        if self._is_openai and not self._has_key:
-            raise _failure(prompt.model, "missing_key", self._route.api_key_env or "OPENAI_API_KEY")
+        self._http.require_key(prompt)
         clock = asyncio.get_running_loop().time
-        body = _body(prompt, self._route, self._is_openai)
+        body = _body(prompt, self._route, self._http.is_openai)
         if said is not None:
             if prompt.max_tokens is not None and prompt.max_tokens <= len(said.outputs):
                 yield Completed("length")
@@ -127,7 +78,7 @@ class OpenAICompatible:
             _go_on(body, self._route, said)
         answer = Answer("".join(said.texts()) if said and self._route.repeats_prefix else "")
         async with AsyncExitStack() as connection:
-            chunks, deadline = await self._open(prompt.model, body, connection)
+            chunks, deadline = await self._http.open(prompt.model, partial(self._create, **body), connection)
             while data := await self._next(prompt.model, chunks, answer, deadline):
                 outputs = answer.read(data)
                 for output in outputs:
@@ -142,91 +93,19 @@ class OpenAICompatible:
                 elif outputs and not answer.finish_reason:
                     deadline = clock() + self._route.inter_token_seconds
         if answer.finish_reason is None:
-            raise _failure(prompt.model, *(answer.problem or answer.cut_off()))
+            raise failure(prompt.model, *(answer.problem or answer.cut_off()))
         for output in answer.leftovers():
             yield output
         yield Completed(answer.finish_reason, answer.usage)
 
-    async def _open(
-        self, model: str, body: dict[str, Any], connection: AsyncExitStack
-    ) -> tuple[AsyncGenerator[bytes, None], float]:
-        """Send, again if the upstream asks for it or cannot be reached, and tell by when a token must come.
-
-        All tries share `retry_seconds`; what was asked in Retry-After beyond that fails at once."""
-        clock = asyncio.get_running_loop().time
-        give_up_at = clock() + self._route.retry_seconds
-        tries = 0
-        while True:
-            tries += 1
-            deadline = clock() + self._route.first_token_seconds
-            try:
-                return await self._send(model, body, connection, deadline), deadline
-            except UpstreamError as error:
-                delay = (error.retry_after or 0.0) + _backoff_seconds(tries)
-                if error.code not in RETRIED or tries == MAX_TRIES or clock() + delay > give_up_at:
-                    raise
-            await asyncio.sleep(delay)
-
-    async def _send(
-        self, model: str, body: dict[str, Any], connection: AsyncExitStack, deadline: float
-    ) -> AsyncGenerator[bytes, None]:
-        try:
-            async with asyncio.timeout_at(deadline):
-                response = await connection.enter_async_context(self._create(**body))
-        except TimeoutError:
-            raise self._timeout(model, started=False) from None
-        except openai.APIConnectionError as error:
-            raise _broken(model, error.__cause__) from None
-        except Refused as refused:
-            raise _failure(model, *refused.args) from None
-        chunks: AsyncGenerator[bytes, None] = response.http_response.aiter_bytes()
-        connection.push_async_callback(chunks.aclose)
-        return chunks
-
     async def _next(self, model: str, chunks: AsyncGenerator[bytes, None], answer: Answer, deadline: float) -> bytes:
         """The next bytes, or none at the end. Once all is said, a cut and a silence are an end like any other."""
         try:
-            async with asyncio.timeout_at(deadline):
-                return await anext(chunks, b"")
-        except TimeoutError:
-            failure = self._timeout(model, answer.started)
-        except httpx2.HTTPError as error:
-            failure = _broken(model, error)
-        if answer.finish_reason is None and not answer.is_whole:
-            raise failure
-        return b""
-
-    def _timeout(self, model: str, started: bool) -> UpstreamError:
-        if started:
-            return _failure(model, "upstream_timeout_inter_token", f"{self._route.inter_token_seconds:g} s")
-        return _failure(model, "upstream_timeout_first_token", f"{self._route.first_token_seconds:g} s")
-
-
-class Refused(Exception):
-    """A response that cannot become a stream. Its arguments: the failure's code, detail and retry_after."""
-
-
-async def _judge(response: httpx2.Response) -> None:
-    """Raise Refused before any of the body is read: it may be long, or have no end."""
-    status = response.status_code
-    if status >= 300:
-        code = STATUS_CODES.get(status, "upstream_unavailable" if status >= 500 else "upstream_rejected")
-        retry_after = retry_after_seconds(response.headers.get("retry-after"), datetime.now(UTC))
-        raise Refused(code, f"HTTP {status}", retry_after)
-    content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type in NOT_STREAMS:
-        raise Refused("upstream_invalid", content_type)
-
-
-def _failure(model: str, code: str, detail: str = "", retry_after: float | None = None) -> UpstreamError:
-    text, retryable = FAILURES[code]
-    message = f"model {model[:80]!r}: {text.format(detail=detail)}"
-    return UpstreamError(message, code=code, retryable=retryable, retry_after=retry_after)
-
-
-def _broken(model: str, cause: BaseException | None) -> UpstreamError:
-    code = "upstream_reset" if isinstance(cause, BROKEN) else "upstream_unreachable"
-    return _failure(model, code, type(cause).__name__)
+            return await self._http.next(model, chunks, deadline, started=answer.started)
+        except UpstreamError:
+            if answer.finish_reason is None and not answer.is_whole:
+                raise
+            return b""
 
 
 class Answer:
@@ -242,7 +121,7 @@ class Answer:
         self.problem: tuple[str, str] | None = None
         self._done = False
         self._sse = ServerSentEvents()
-        self._halves: dict[tuple[TextEvent | None, int], str] = {}  # None: the arguments of a tool call
+        self._characters = Characters()
         self._named: set[tuple[int, str]] = set()
 
     @property
@@ -258,8 +137,8 @@ class Answer:
                 if payload == b"[DONE]":
                     self._done = True
                 elif not self._done:
-                    outputs += self._chunk(_parse(payload))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # not JSON, or of another shape
+                    outputs += self._chunk(parse(payload))
+        except UNREADABLE as error:
             self.problem = ("upstream_invalid", type(error).__name__)
         self.finished_now = not had_finished and self.finish_reason is not None
         self.started = self.started or bool(outputs)
@@ -267,13 +146,11 @@ class Answer:
 
     def cut_off(self) -> tuple[str, str]:
         """The problem with a stream that has ended here."""
-        if _is_document(self._sse.unfinished_line):
-            return "upstream_invalid", "a document"
-        return "upstream_truncated", ""
+        return self._sse.cut_off()
 
-    def leftovers(self) -> list[Output]:
+    def leftovers(self) -> Sequence[Output]:
         """Halves of characters that never found their mates."""
-        return [event("\ufffd") if event else ToolCallDelta(index, arguments="\ufffd") for event, index in self._halves]
+        return self._characters.leftovers()
 
     def _chunk(self, chunk: dict[str, Any]) -> Iterator[Output]:
         if chunk.get("error"):
@@ -301,8 +178,8 @@ class Answer:
             yield from self._tool_call(call, position)
 
     def _text(self, event: TextEvent, text: str) -> Iterator[Output]:
-        whole = self._whole(event, 0, text)
-        for piece in _pieces(self._new(whole) if event is TextDelta else whole):
+        whole = self._characters.whole(event, text)
+        for piece in pieces(self._new(whole) if event is TextDelta else whole):
             yield event(piece)
 
     def _new(self, text: str) -> str:
@@ -319,7 +196,7 @@ class Answer:
             raise ValueError("tool call index")
         function = call.get("function") or {}
         call_id, name = self._once(index, "id", call.get("id")), self._once(index, "name", function.get("name"))
-        first, *rest = _pieces(self._whole(None, index, function.get("arguments") or "")) or [""]
+        first, *rest = pieces(self._characters.whole(index, function.get("arguments") or "")) or [""]
         if call_id or name or first:
             yield ToolCallDelta(index, call_id, name, first)
         for piece in rest:
@@ -330,84 +207,7 @@ class Answer:
         if not value or (index, field) in self._named:
             return None
         self._named.add((index, field))
-        return _HALF.sub("\ufffd", value)
-
-    def _whole(self, event: TextEvent | None, index: int, text: str) -> str:
-        """`text` in whole characters: an emoji's two halves may come in two chunks."""
-        key = (event, index)
-        if not self._halves and not _HALF.search(text):
-            return text
-        text = self._halves.pop(key, "") + text
-        if "\ud800" <= text[-1:] <= "\udbff":
-            self._halves[key] = text[-1]
-            text = text[:-1]
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-class ServerSentEvents:
-    """The data of each event, out of bytes that may be cut anywhere (WHATWG HTML, section 9.2.6).
-
-    Lines end with CR, LF or CRLF and with nothing else: U+2028 and its like are text."""
-
-    def __init__(self) -> None:
-        self._line: list[bytes] = []  # the parts of a line that has not ended
-        self._data: list[bytes] = []
-        self._size = 0
-        self._after_cr = False
-
-    @property
-    def unfinished_line(self) -> bytes:
-        return b"".join(self._line)
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Raises ValueError for what cannot be an event stream, and for an event that has no end."""
-        for line in self._lines(data):
-            if line.startswith(b"data:"):
-                self._data.append(line[6:] if line.startswith(b"data: ") else line[5:])
-            elif not line:
-                if self._data:
-                    yield b"\n".join(self._data)
-                self._data, self._size = [], 0
-            elif _is_document(line):
-                raise ValueError("a document")
-
-    def _lines(self, data: bytes) -> Iterator[bytes]:
-        if self._after_cr and data.startswith(b"\n"):
-            data = data[1:]
-            self._after_cr = False
-        if not data:
-            return
-        self._after_cr = data.endswith(b"\r")
-        start, *more = _LINE_END.split(data)
-        self._size += len(data)
-        self._line.append(start)
-        for following in more:
-            yield b"".join(self._line)
-            self._line = [following]
-        if self._size > MAX_SSE_EVENT_BYTES:
-            raise ValueError("an event without an end")
-
-
-_LINE_END = re.compile(rb"\r\n|\n|\r")
-_HALF = re.compile("[\ud800-\udfff]")
-
-
-def retry_after_seconds(value: str | None, now: datetime) -> float | None:
-    """The delay in a Retry-After header, given in seconds or as a date (RFC 9110, section 10.2.3)."""
-    if value is None:
-        return None
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value.strip()):
-        return float(value)
-    try:
-        at: datetime = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - now).total_seconds())
-
-
-def _backoff_seconds(tries: int) -> float:
-    """Doubling, with jitter, so that those refused together do not come back together."""
-    return FIRST_BACKOFF_SECONDS * 2.0 ** (tries - 1) * random.uniform(0.5, 1.0)
+        return encodable(value)
 
 
 def _body(prompt: Prompt, route: ModelRoute, is_openai: bool) -> dict[str, Any]:
@@ -449,39 +249,12 @@ def _go_on(body: dict[str, Any], route: ModelRoute, said: Said) -> None:
             body[limit] -= len(said.outputs)
 
 
-def _parse(payload: bytes) -> dict[str, Any]:
-    try:
-        chunk = orjson.loads(payload)
-    except orjson.JSONDecodeError:  # orjson refuses half a surrogate pair; the standard library takes it
-        chunk = json.loads(payload)
-    if not isinstance(chunk, dict):
-        raise TypeError("not an object")
-    return chunk
-
-
 def _usage(usage: dict[str, Any]) -> Usage:
-    read, written = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    read, written = count(usage, "prompt_tokens"), count(usage, "completion_tokens")
     return Usage(
         read,
         written,
-        _count(usage, "total_tokens") or read + written,
-        cached_tokens=_count(usage.get("prompt_tokens_details") or {}, "cached_tokens"),
-        reasoning_tokens=_count(usage.get("completion_tokens_details") or {}, "reasoning_tokens"),
+        count(usage, "total_tokens") or read + written,
+        cached_tokens=count(usage.get("prompt_tokens_details") or {}, "cached_tokens"),
+        reasoning_tokens=count(usage.get("completion_tokens_details") or {}, "reasoning_tokens"),
     )
-
-
-def _count(counts: dict[str, Any], name: str) -> int:
-    value = counts.get(name)
-    return value if isinstance(value, int) and 0 <= value < 2**53 else 0
-
-
-def _pieces(text: str) -> list[str]:
-    """Cut to at most MAX_EVENT_TEXT_CHARS each."""
-    if len(text) <= MAX_EVENT_TEXT_CHARS:
-        return [text] if text else []
-    return [text[start : start + MAX_EVENT_TEXT_CHARS] for start in range(0, len(text), MAX_EVENT_TEXT_CHARS)]
-
-
-def _is_document(line: bytes) -> bool:
-    """HTML or JSON where an event stream should be: no field of an event begins so."""
-    return line.lstrip()[:1] in (b"<", b"{", b"[")

@@ -125,7 +125,6 @@ class EventLog:
         self.servers: Servers = OneServer(redis) if isinstance(redis, Client) else redis
         self.keys = Keys(settings.key_prefix)
         self._settings = settings
-        self.redis = cast(Client, getattr(self.servers, "client", None))  # TEMPORARY
         sources = {name: lua.source(name).encode() for name in lua.SCRIPTS if name != "enqueue"}
         self._scripts = {name: AsyncScript(cast(Client, None), source) for name, source in sources.items()}
         self._lease_ms = _ms(settings.lease_seconds)

@@ -72,28 +72,28 @@ async def now_ms(redis: Client) -> int:
 
 
 async def field(log: EventLog, generation_id: str, name: str) -> int:
-    return int(await log.redis.hget(log.keys.order(generation_id), name))
+    return int(await log.servers.client.hget(log.keys.order(generation_id), name))
 
 
 async def lease(log: EventLog, generation_id: str) -> float | None:
     """Until when, in milliseconds of Redis."""
-    return await log.redis.zscore(log.keys.leases(generation_id[-1]), generation_id)
+    return await log.servers.client.zscore(log.keys.leases(generation_id[-1]), generation_id)
 
 
 async def pass_time(log: EventLog, generation_id: str, seconds: float) -> None:
     """Move the lease and all times of an order into the past."""
     ms = round(seconds * 1000)
     for name in ("queue_until", "deadline", "attended_until", "touched"):
-        if await log.redis.hexists(log.keys.order(generation_id), name):
-            await log.redis.hincrby(log.keys.order(generation_id), name, -ms)
-    await log.redis.zincrby(log.keys.leases(generation_id[-1]), -ms, generation_id)
+        if await log.servers.client.hexists(log.keys.order(generation_id), name):
+            await log.servers.client.hincrby(log.keys.order(generation_id), name, -ms)
+    await log.servers.client.zincrby(log.keys.leases(generation_id[-1]), -ms, generation_id)
 
 
 async def guard(log: EventLog, partition: str, *, last_run: int, not_before: int) -> None:
     """Set what the reaper remembers of one partition, in milliseconds from now."""
-    now = await now_ms(log.redis)
+    now = await now_ms(log.servers.client)
     memory = {"last_run": now + last_run, "not_before": now + not_before}
-    await log.redis.hset(log.keys.reaper(partition), mapping=memory)
+    await log.servers.client.hset(log.keys.reaper(partition), mapping=memory)
 
 
 # --- create
@@ -133,7 +133,7 @@ async def test_another_request_under_the_same_id_is_a_conflict(event_log: EventL
 
 async def test_a_short_queue_time_ends_the_first_wait_in_time(event_log: EventLog, settings: Settings) -> None:
     """No lease of a waiting generation outlasts `max_queue_seconds`."""
-    log = EventLog(event_log.redis, settings.model_copy(update={"max_queue_seconds": 2}))
+    log = EventLog(event_log.servers.client, settings.model_copy(update={"max_queue_seconds": 2}))
     claimed = await running(log)
     await log.release(claimed.generation_id, claimed.epoch)
     for generation_id in (claimed.generation_id, await create(log)):
@@ -160,9 +160,9 @@ async def test_a_full_redis_is_said_to_be_full(processes: Processes, tmp_path: P
 
 async def test_a_claim_begins_an_epoch_that_is_a_time(event_log: EventLog) -> None:
     """The started entry is `<epoch>-0`, the epoch is now, and the claim brings all that a worker needs."""
-    before = await now_ms(event_log.redis)
+    before = await now_ms(event_log.servers.client)
     claimed = await running(event_log)
-    assert before <= claimed.epoch <= await now_ms(event_log.redis)
+    assert before <= claimed.epoch <= await now_ms(event_log.servers.client)
     assert (claimed.attempt, claimed.model, claimed.provider) == (1, "demo", "demo")
     assert Prompt.from_json(claimed.prompt) == PROMPT
     assert claimed.seconds_left == 3600
@@ -232,7 +232,7 @@ async def test_an_attempt_that_cannot_go_on_starts_afresh(event_log: EventLog, w
     await event_log.release(claimed.generation_id, claimed.epoch)
     told = {"another server": "0" * 40, "a server that does not tell its run id": ""}
     if why in told:
-        await event_log.redis.hset(event_log.keys.order(claimed.generation_id), "server", told[why])
+        await event_log.servers.client.hset(event_log.keys.order(claimed.generation_id), "server", told[why])
     tail = f"{claimed.epoch}-{0 if why == 'the tail moved' else 1}"
     second = await event_log.claim(Hint(claimed.generation_id, claimed.epoch, 2), "nonce", continues=tail)
     assert second is not None and not second.continued
@@ -244,7 +244,7 @@ async def test_an_attempt_that_cannot_go_on_starts_afresh(event_log: EventLog, w
 async def test_ids_are_written_in_digits_however_large(event_log: EventLog) -> None:
     """`1e+15` is no id."""
     generation_id = await create(event_log)
-    await event_log.redis.hset(event_log.keys.order(generation_id), "epoch", 10**15)
+    await event_log.servers.client.hset(event_log.keys.order(generation_id), "epoch", 10**15)
     claimed = await claim(event_log, generation_id)
     assert claimed.epoch == 10**15 + 1
     await append(event_log, claimed, 1, token("a"))
@@ -273,7 +273,7 @@ async def test_a_claimed_order_is_not_taken_back(event_log: EventLog) -> None:
     claimed = await running(event_log)
     keys = event_log.keys
     order, log = keys.order(claimed.generation_id), keys.log(claimed.generation_id)
-    script = event_log.redis.register_script(lua.source("retract"))
+    script = event_log.servers.client.register_script(lua.source("retract"))
     assert (
         await script(keys=[order, log, keys.leases(claimed.generation_id[-1])], args=[claimed.generation_id]) == b"KEPT"
     )
@@ -297,7 +297,7 @@ async def test_events_are_numbered_by_their_writer(event_log: EventLog) -> None:
 async def test_what_is_appended_survives_byte_for_byte(event_log: EventLog) -> None:
     """Line breaks, NUL, U+2028, a forged event: stored and pushed as the writer encoded them, one line each."""
     claimed = await running(event_log)
-    pubsub = event_log.redis.pubsub()
+    pubsub = event_log.servers.client.pubsub()
     await pubsub.subscribe(event_log.keys.push(claimed.generation_id))
     assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
     await append(event_log, claimed, 1, token(HOSTILE), token("\n"))
@@ -377,9 +377,9 @@ async def test_an_append_to_a_missing_order_is_gone_and_creates_no_key(event_log
         assert await append(event_log, missing, 1, *events) == Answer("GONE")
     assert await append(event_log, missing, 1, DONE, final="completed") == Answer("GONE")
     claimed = await running(event_log)
-    await event_log.redis.delete(event_log.keys.order(claimed.generation_id))
+    await event_log.servers.client.delete(event_log.keys.order(claimed.generation_id))
     assert await append(event_log, claimed, 1, token("a")) == Answer("GONE")
-    assert [key async for key in event_log.redis.scan_iter(f"*{missing.generation_id}*")] == []
+    assert [key async for key in event_log.servers.client.scan_iter(f"*{missing.generation_id}*")] == []
     assert len(await event_log.read(claimed.generation_id)) == 2
 
 
@@ -404,7 +404,7 @@ async def test_an_append_renews_the_lease(event_log: EventLog, events: tuple[byt
     """An append of nothing is the heartbeat; a lease that ended but was not reaped is still ours."""
     claimed = await running(event_log)
     await pass_time(event_log, claimed.generation_id, 30)
-    before = await now_ms(event_log.redis)
+    before = await now_ms(event_log.servers.client)
     assert await append(event_log, claimed, 1, *events) == Answer("OK")
     renewed = await lease(event_log, claimed.generation_id)
     assert renewed is not None and renewed >= before + 3000
@@ -447,7 +447,7 @@ async def test_a_close_ends_what_is_still_queued(event_log: EventLog) -> None:
 async def test_a_close_of_what_is_held_nudges_its_holder(event_log: EventLog) -> None:
     """The owner learns it at once; nobody is nudged for what nobody held."""
     queued, claimed = await create(event_log), await running(event_log)
-    pubsub = event_log.redis.pubsub()
+    pubsub = event_log.servers.client.pubsub()
     await pubsub.subscribe(event_log.keys.nudge)
     assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
     await event_log.close(queued, Cancelled("caller"))
@@ -485,8 +485,8 @@ async def test_the_first_look_gives_everyone_one_more_lease(event_log: EventLog)
     await pass_time(event_log, claimed.generation_id, 60)
     partition = claimed.generation_id[-1]
     assert await event_log.due(partition) == []
-    not_before = int(await event_log.redis.hget(event_log.keys.reaper(partition), "not_before"))
-    assert not_before > await now_ms(event_log.redis) + 2000
+    not_before = int(await event_log.servers.client.hget(event_log.keys.reaper(partition), "not_before"))
+    assert not_before > await now_ms(event_log.servers.client) + 2000
     await guard(event_log, partition, last_run=-500, not_before=-1)
     assert await event_log.due(partition) == [claimed.generation_id]
 
@@ -510,7 +510,7 @@ async def test_leases_step_back_with_the_clock(event_log: EventLog) -> None:
     await guard(event_log, claimed.generation_id[-1], last_run=3_600_000, not_before=0)
     assert await event_log.due(claimed.generation_id[-1]) == []
     until = await lease(event_log, claimed.generation_id)
-    assert until is not None and until < await now_ms(event_log.redis) + 3500
+    assert until is not None and until < await now_ms(event_log.servers.client) + 3500
 
 
 async def test_what_is_not_due_is_not_found(event_log: EventLog) -> None:
@@ -545,7 +545,7 @@ async def test_a_lost_hint_is_sent_again_and_not_charged(event_log: EventLog) ->
     generation_id = await create(event_log)
     for n, patience in enumerate([20, 40, 60, 60], start=2):
         await pass_time(event_log, generation_id, 61)
-        before = await now_ms(event_log.redis)
+        before = await now_ms(event_log.servers.client)
         assert await event_log.reap(generation_id) == Hint(generation_id, 0, n)
         until = await lease(event_log, generation_id)
         assert until is not None and abs(until - before - patience * 1000) < 900
@@ -615,10 +615,10 @@ async def test_the_lease_of_a_lost_order_is_removed(event_log: EventLog) -> None
     """The index stays bounded, whatever expired before anyone looked."""
     generation_id = await create(event_log)
     await pass_time(event_log, generation_id, 11)
-    await event_log.redis.delete(event_log.keys.order(generation_id), event_log.keys.log(generation_id))
+    await event_log.servers.client.delete(event_log.keys.order(generation_id), event_log.keys.log(generation_id))
     assert await event_log.reap(generation_id) is None
     assert await lease(event_log, generation_id) is None
-    assert not await event_log.redis.exists(event_log.keys.log(generation_id))
+    assert not await event_log.servers.client.exists(event_log.keys.log(generation_id))
 
 
 # --- release
@@ -663,8 +663,8 @@ async def abandoned(log: EventLog, *, held: bool = True, outage: bool = False) -
     claimed = await claim(log, generation_id) if held else Claim(generation_id, 0, 0, "", "", b"", 0)
     await pass_time(log, generation_id, 10.5)
     if not outage:
-        lives_until = await now_ms(log.redis) + 2000
-        await log.redis.zadd(log.keys.leases(generation_id[-1]), {generation_id: lives_until})
+        lives_until = await now_ms(log.servers.client) + 2000
+        await log.servers.client.zadd(log.keys.leases(generation_id[-1]), {generation_id: lives_until})
     return claimed
 
 
@@ -711,7 +711,9 @@ async def test_an_outage_is_not_taken_for_a_reader_that_left(event_log: EventLog
     assert await append(event_log, held, 1, token("a")) == Answer("OK")
     assert await event_log.claim(Hint(queued.generation_id, 0, 1), "nonce") is not None
     for one in (held, queued):
-        assert await field(event_log, one.generation_id, "attended_until") > await now_ms(event_log.redis) + 9000
+        assert (
+            await field(event_log, one.generation_id, "attended_until") > await now_ms(event_log.servers.client) + 9000
+        )
 
 
 async def test_a_repeat_renews_the_lease(event_log: EventLog) -> None:
@@ -720,7 +722,7 @@ async def test_a_repeat_renews_the_lease(event_log: EventLog) -> None:
     await append(event_log, claimed, 1, token("a"))
     await pass_time(event_log, claimed.generation_id, 2)
     assert await append(event_log, claimed, 1, token("a")) == Answer("OK")
-    assert (await lease(event_log, claimed.generation_id) or 0) > await now_ms(event_log.redis) + 2000
+    assert (await lease(event_log, claimed.generation_id) or 0) > await now_ms(event_log.servers.client) + 2000
 
 
 async def test_a_reader_keeps_a_generation_running(event_log: EventLog) -> None:
@@ -730,8 +732,10 @@ async def test_a_reader_keeps_a_generation_running(event_log: EventLog) -> None:
     left = await field(event_log, ended.generation_id, "attended_until")
     await event_log.attend([watched.generation_id, other.generation_id, ended.generation_id, new_id()])
     assert await append(event_log, watched, 1, token("a")) == Answer("OK")
-    assert await field(event_log, watched.generation_id, "attended_until") > await now_ms(event_log.redis) + 9000
-    assert not await event_log.redis.hexists(event_log.keys.order(other.generation_id), "attended_until")
+    assert (
+        await field(event_log, watched.generation_id, "attended_until") > await now_ms(event_log.servers.client) + 9000
+    )
+    assert not await event_log.servers.client.hexists(event_log.keys.order(other.generation_id), "attended_until")
     assert await field(event_log, ended.generation_id, "attended_until") == left
 
 
@@ -754,7 +758,7 @@ async def test_deletion_leaves_a_tombstone(event_log: EventLog) -> None:
     order = await order_of(event_log, claimed.generation_id)
     assert (order.deleted, order.status) == (True, "completed")
     assert await event_log.read(claimed.generation_id) == []
-    assert not await event_log.redis.hexists(event_log.keys.order(claimed.generation_id), "prompt")
+    assert not await event_log.servers.client.hexists(event_log.keys.order(claimed.generation_id), "prompt")
     assert (gone(order).code, gone(order).outcome) == ("deleted", "completed")
     for prompt in (PROMPT, OTHER):
         with pytest.raises(Conflict) as caught:
@@ -765,7 +769,7 @@ async def test_deletion_leaves_a_tombstone(event_log: EventLog) -> None:
 async def test_deletion_ends_what_runs(event_log: EventLog) -> None:
     """Its readers are told before the log goes, its worker at its next append."""
     claimed = await running(event_log)
-    pubsub = event_log.redis.pubsub()
+    pubsub = event_log.servers.client.pubsub()
     await pubsub.subscribe(event_log.keys.push(claimed.generation_id))
     assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
     await event_log.delete(claimed.generation_id)
@@ -773,7 +777,7 @@ async def test_deletion_ends_what_runs(event_log: EventLog) -> None:
     await pubsub.aclose()
     assert b'{"type":"generation.cancelled","by":"delete"' in message["data"]
     assert (await append(event_log, claimed, 1, token("a"))).code in ("GONE", "FENCED")
-    assert not await event_log.redis.exists(event_log.keys.log(claimed.generation_id))
+    assert not await event_log.servers.client.exists(event_log.keys.log(claimed.generation_id))
 
 
 # --- times to live
@@ -782,14 +786,14 @@ async def test_deletion_ends_what_runs(event_log: EventLog) -> None:
 async def lives(log: EventLog, generation_id: str) -> tuple[int, int]:
     """What is left to the order and to the log, in seconds."""
     keys = (log.keys.order(generation_id), log.keys.log(generation_id))
-    left = [await log.redis.pttl(key) for key in keys]
+    left = [await log.servers.client.pttl(key) for key in keys]
     return round(left[0] / 1000), round(left[1] / 1000)
 
 
 async def test_a_generation_lives_a_day_and_its_end_as_long_as_is_set(event_log: EventLog, settings: Settings) -> None:
     """`log_retention` and `order_retention` begin at the terminal event, whoever writes it."""
     update = {"log_retention_seconds": 1000, "order_retention_seconds": 2000}
-    log = EventLog(event_log.redis, settings.model_copy(update=update))
+    log = EventLog(event_log.servers.client, settings.model_copy(update=update))
     closed, finished, reaped = await create(log), await running(log), await create(log)
     assert await lives(log, closed) == await lives(log, finished.generation_id) == (86_400, 86_400)
     await log.close(closed, Cancelled("caller"))
@@ -805,7 +809,7 @@ async def test_a_running_generation_never_expires(event_log: EventLog, idle: int
     """Its keys are given a day again, at most once a minute."""
     claimed = await running(event_log)
     for key in (event_log.keys.order(claimed.generation_id), event_log.keys.log(claimed.generation_id)):
-        await event_log.redis.expire(key, 1000)
+        await event_log.servers.client.expire(key, 1000)
     await pass_time(event_log, claimed.generation_id, idle)
     await append(event_log, claimed, 1)
     assert await lives(event_log, claimed.generation_id) == (left, left)
@@ -816,7 +820,7 @@ async def test_a_waiting_generation_never_expires(event_log: EventLog) -> None:
     generation_id = await create(event_log)
     for renew in (event_log.reap, lambda one: claim(event_log, one)):
         for key in (event_log.keys.order(generation_id), event_log.keys.log(generation_id)):
-            await event_log.redis.expire(key, 1000)
+            await event_log.servers.client.expire(key, 1000)
         await pass_time(event_log, generation_id, 61)
         await renew(generation_id)
         assert await lives(event_log, generation_id) == (86_400, 86_400)
@@ -860,7 +864,7 @@ async def test_an_expired_log_is_gone_with_its_outcome(event_log: EventLog) -> N
     """The order stands for longer, to say how it ended."""
     generation_id = await create(event_log)
     await event_log.close(generation_id, Cancelled("caller"))
-    await event_log.redis.delete(event_log.keys.log(generation_id))
+    await event_log.servers.client.delete(event_log.keys.log(generation_id))
     order = await order_of(event_log, generation_id)
     assert (gone(order).code, gone(order).outcome) == ("expired", "cancelled")
 

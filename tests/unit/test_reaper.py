@@ -26,14 +26,14 @@ async def create(log: EventLog, name: str, *, partition: str = "a") -> str:
 
 
 async def end_lease(log: EventLog, generation_id: str) -> None:
-    await log.redis.zadd(log.keys.leases(generation_id[-1]), {generation_id: 1})
+    await log.servers.client.zadd(log.keys.leases(generation_id[-1]), {generation_id: 1})
 
 
 async def has_looked(log: EventLog, partition: str = "a") -> None:
     """As if a reaper had looked a moment ago, so that the grace guard does not hold."""
-    seconds, microseconds = await log.redis.time()
+    seconds, microseconds = await log.servers.client.time()
     now = int(seconds) * 1000 + int(microseconds) // 1000
-    await log.redis.hset(log.keys.reaper(partition), mapping={"last_run": now - 1, "not_before": now - 1})
+    await log.servers.client.hset(log.keys.reaper(partition), mapping={"last_run": now - 1, "not_before": now - 1})
 
 
 async def test_a_lost_hint_is_sent_again(event_log: EventLog, jobs: Jobs) -> None:
@@ -56,7 +56,7 @@ async def test_what_a_dead_process_held_is_handed_over_and_nothing_else(event_lo
     assert await reaper.reap_owner(event_log, jobs, "host:7") == 1
     epoch = claims[ours].epoch  # type: ignore[union-attr]
     assert await jobs.position(Hint(ours, epoch, 2)) == 0
-    assert await event_log.redis.hmget(event_log.keys.order(ours), ["nonce", "charged"]) == [b"", b"1"]
+    assert await event_log.servers.client.hmget(event_log.keys.order(ours), ["nonce", "charged"]) == [b"", b"1"]
     assert await event_log.held_by("host:77", "2") == [(others, claims[others].epoch)]  # type: ignore[union-attr]
     assert await reaper.reap_owner(event_log, jobs, "host:7") == 0
 
@@ -80,7 +80,7 @@ async def test_what_ended_meanwhile_is_not_hinted(event_log: EventLog, jobs: Job
     await end_lease(event_log, generation_id)
     await has_looked(event_log)
     assert await reaper.reap_partition(event_log, jobs, "a") == 0
-    assert await event_log.redis.zcard(event_log.keys.leases("a")) == 0
+    assert await event_log.servers.client.zcard(event_log.keys.leases("a")) == 0
     assert await jobs.depth() == 0
 
 

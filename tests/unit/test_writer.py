@@ -83,10 +83,10 @@ def delta(text: str) -> bytes:
 async def rewind(log: EventLog, generation_id: str, keep: int) -> None:
     """Redis came back without the newest entries: only the first `keep` are left."""
     key = log.keys.log(generation_id)
-    entries = await log.redis.xrange(key)
-    await log.redis.delete(key)
+    entries = await log.servers.client.xrange(key)
+    await log.servers.client.delete(key)
     for entry_id, fields in entries[:keep]:
-        await log.redis.xadd(key, fields, id=entry_id)
+        await log.servers.client.xadd(key, fields, id=entry_id)
 
 
 async def text_of(log: EventLog, claim: Claim) -> str:

@@ -110,7 +110,7 @@ async def test_a_key_is_used_up_by_a_delete(house: Stack) -> None:
 
 async def test_a_repeat_after_the_end_is_the_ended_generation(house: Stack, upstream: Upstream) -> None:
     """A client that lost the answer to its POST asks again, and finds what there is; nothing runs twice."""
-    key, body = new_key(), {"model": "late", "prompt": "x"}
+    key, body = new_key(), {"model": "late-repeat", "prompt": "x"}
     first = (await post(house, key, body)).json()
     assert first["status"] == "queued"
     await house.finished(first)
@@ -119,7 +119,7 @@ async def test_a_repeat_after_the_end_is_the_ended_generation(house: Stack, upst
     assert again["created_at"] == first["created_at"]
     full = await house.reader(again).read_to_end()
     assert full.text == Script().text("x")
-    assert upstream.hits("late") == 1
+    assert upstream.hits("late-repeat") == 1
 
 
 async def test_without_a_key_every_post_is_a_generation(house: Stack, upstream: Upstream) -> None:

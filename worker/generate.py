@@ -77,6 +77,8 @@ class Generator:
         with self._writer.open(claim, sent_at) as attempt:
             attempt.upstream_id = said.accepted_id if said else None
             try:
+                if past and past.said.accepted_id and not said:  # nobody comes back to that one, and it goes on
+                    await self._stop_upstream(claim, past.said.accepted_id)
                 await self._run(claim, attempt, said)
             except asyncio.CancelledError:
                 # The worker is stopping. This is the edge of the job: ARQ would only log a traceback of it.
@@ -238,11 +240,18 @@ class Generator:
             return
         try:
             order = await self._event_log.order(attempt.generation_id)
-            if order is None or order.ended or (order.fresh or 0) > attempt.epoch:
-                await self._provider(claim.model).abandon(attempt.upstream_id)
-                log.info("upstream.stopped", generation_id=attempt.generation_id)
-        except (*TROUBLE, UpstreamError, CallerError) as error:  # then it goes on to its own end
+        except TROUBLE as error:  # then it goes on to its own end
             log.warning("upstream.not_stopped", generation_id=attempt.generation_id, error=type(error).__name__)
+            return
+        if order is None or order.ended or (order.fresh or 0) > attempt.epoch:
+            await self._stop_upstream(claim, attempt.upstream_id)
+
+    async def _stop_upstream(self, claim: Claim, upstream_id: str) -> None:
+        try:
+            await self._provider(claim.model).abandon(upstream_id)
+            log.info("upstream.stopped", generation_id=claim.generation_id)
+        except (UpstreamError, CallerError) as error:
+            log.warning("upstream.not_stopped", generation_id=claim.generation_id, error=type(error).__name__)
 
     async def _release_when_back(self, claim: Claim) -> None:
         """This worker gave up because it did not reach Redis, not because it died: nothing is to be charged for it."""

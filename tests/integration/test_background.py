@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis as sync_redis
 
+from shared.redis import Keys
 from tests.conftest import environment, key_leaks
 from tests.processes import Process, Processes
 from tests.reader import Reader, check_history
@@ -115,6 +116,24 @@ async def test_a_stopping_worker_hands_the_answer_over_and_does_not_stop_it(
     assert await victim.terminate() == 0
     await reading
     _check_taken_up(reader, background.only("bg"), LONG)
+
+
+async def test_an_answer_that_a_failover_made_void_is_stopped(
+    stack: Stack, background: ResponsesUpstream, models: dict[str, str], redis_url: str, key_prefix: str
+) -> None:
+    """Another server took over: the next attempt begins afresh, and the first response is not left to run."""
+    background.script("bg", Background(count=5000, pace_seconds=0.02))
+    victim, generation, reader = await _begun(stack, models, 10)
+    background.script("bg", Background(count=10))
+    with sync_redis.Redis.from_url(redis_url) as client:
+        client.hset(Keys(key_prefix).order(generation["id"]), "server", "0" * 40)
+    await victim.kill()
+    await stack.worker(**models)
+    await reader.read_to_end()
+    assert _modes(reader) == ["fresh", "fresh"]
+    first, second = background.of("bg")
+    await wait_until(lambda: first.cancels == 1)
+    assert second.cancels == 0 and reader.text == Background(count=10).text(QUESTION)
 
 
 async def test_a_worker_that_was_taken_for_dead_does_not_stop_what_another_took_up(

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import httpx2  # the openai SDK's own transport
 import openai
@@ -57,6 +57,7 @@ RETRIED = frozenset({"upstream_rate_limited", "upstream_unavailable", "upstream_
 BROKEN = (httpx2.ReadError, httpx2.WriteError, httpx2.CloseError, httpx2.RemoteProtocolError)
 STATUS_CODES = {401: "upstream_unauthorized", 403: "upstream_unauthorized", 429: "upstream_rate_limited"}
 NOT_STREAMS = ("text/html", "application/json")
+T = TypeVar("T")
 Request: TypeAlias = Callable[[], AbstractAsyncContextManager[Any]]  # what the SDK answers, its body unread
 
 
@@ -106,7 +107,15 @@ class UpstreamHTTP:
     async def open(
         self, model: str, request: Request, connection: AsyncExitStack
     ) -> tuple[AsyncGenerator[bytes, None], float]:
-        """Send, again if the upstream asks for it or cannot be reached, and tell by when a token must come.
+        """Send, again if the upstream asks for it or cannot be reached, and tell by when a token must come."""
+
+        async def send(deadline: float) -> tuple[AsyncGenerator[bytes, None], float]:
+            return await self.stream(model, request, connection, deadline), deadline
+
+        return await self.retried(send)
+
+    async def retried(self, send: Callable[[float], Awaitable[T]]) -> T:
+        """What `send` answers, given by when the first token must come; again after a failure that may pass.
 
         All tries share `retry_seconds`; what was asked in Retry-After beyond that fails at once."""
         clock = asyncio.get_running_loop().time
@@ -114,9 +123,8 @@ class UpstreamHTTP:
         tries = 0
         while True:
             tries += 1
-            deadline = clock() + self._route.first_token_seconds
             try:
-                return await self.stream(model, request, connection, deadline), deadline
+                return await send(clock() + self._route.first_token_seconds)
             except UpstreamError as error:
                 delay = (error.retry_after or 0.0) + backoff_seconds(tries)
                 if error.code not in RETRIED or tries == MAX_TRIES or clock() + delay > give_up_at:

@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev up test check lint types floors format e2e cover lock tools clean
+.PHONY: help install dev up test check lint types floors format e2e chaos cover lock tools clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: $(VENV)/.dev ## Format, and fix what lint can fix
 e2e: $(VENV)/.dev ## Run the browser and command-line tests alone
 	$(BIN)/python -m pytest tests/e2e $(ARGS)
 
+chaos: $(VENV)/.dev ## Run the fault suite: about 15 minutes; ARGS="--quick" for a short form
+	$(BIN)/python -m tests.chaos $(ARGS)
+
 cover: $(VENV)/.dev ## Run the tests with branch coverage
 	$(BIN)/python -m pytest --cov=api --cov=worker --cov=shared --cov=cli --cov-branch $(ARGS)
 
@@ -59,7 +62,7 @@ lock: $(VENV)/.dev ## Write both lock files again (ARGS=--upgrade for newer vers
 	$(UV_COMPILE) --extra dev -c requirements.lock -o requirements-dev.lock
 
 # What a test needs and Python cannot install, as command:package. A test that lacks one skips, and says so.
-TOOLS := nginx:nginx-light chromium:chromium redis-server:redis-server node:nodejs npm:npm
+TOOLS := nginx:nginx-light faketime:faketime chromium:chromium redis-server:redis-server node:nodejs npm:npm
 
 tools: ## Install the optional system tools of the tests (Debian, as root)
 	@set -e; packages=; \

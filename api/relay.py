@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from shared.event_log import EventLog, Order, gone
 from shared.events import Entry, Position, Snapshot, format_id, is_terminal
 
 DRAIN_SPREAD_SECONDS = 2.0  # over which the open streams of a stopping server are ended
-MAX_UNSENT_BYTES = 16 * 1024  # beyond what the system takes: from there on a client is waited for
+SYSTEM_UNSENT_BYTES = 128 * 1024  # that the system takes for one client; by itself it would take megabytes
+MAX_UNSENT_BYTES = 0  # beyond what the system takes: a client is waited for before it is sent more
 TRANSPORT = "rejoin.transport"  # where app.py leaves the server's transport in the scope
 
 
@@ -201,18 +203,20 @@ class Relay(StreamingResponse):
             if self._watch.client_left:
                 break
             body, ending = self._render(entries)
+            is_silent, is_over = not entries, bool(entries) and is_terminal(entries[-1].data)
+            del entries  # while a slow client is waited for, its bytes are enough to keep
             if ending is Ending.ABORT:
                 if body:
                     await self._send(send, body)
                 return False
-            if ending is not None or (entries and is_terminal(entries[-1].data)):
+            if ending is not None or is_over:
                 await self._finish(send, body)
                 return True
             if body:
                 await self._send(send, body)
             if self._watch.is_draining:
                 return await self._end(send, Ending.DRAINING)
-            if not entries and (ping := self._dialect.ping()):
+            if is_silent and (ping := self._dialect.ping()):
                 await self._send(send, ping)
         return False
 
@@ -286,6 +290,7 @@ def _keep_little(scope: Scope) -> None:
     transport = scope.get(TRANSPORT)
     if transport is not None:
         transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SYSTEM_UNSENT_BYTES)
 
 
 def _abort(scope: Scope) -> None:

@@ -29,6 +29,7 @@ LOOK_SECONDS = 2.0  # how often a silent log is looked at: a lost last push, an 
 PING_AFTER_SECONDS = 1.0  # of silence on the subscription
 DEAD_AFTER_SECONDS = 2.5  # looked at twice a second: given up within 3 s
 AWAY_TRIES = 100  # a tenth of a second each, before a reader that waits for Redis is pinged
+FIRST_PAGE = 32  # entries a reader asks the log for; twice as many each time, while they are thin
 MAX_BATCH_BYTES = 16 * 1024  # of events given to a reader at once: what one that never reads costs, a few times over
 NEVER: Position = (0, 0)  # before the first entry of any log, `0-1`
 LAST_SEQ = 2**63 - 1
@@ -172,7 +173,7 @@ class Reader:
         self._ahead_of = ahead_of  # the tail at the time our cursor was ahead of it
         self._waiter: asyncio.Future[None] | None = None
         self._woken = False
-        self._page = PAGE
+        self._page = FIRST_PAGE
 
     async def next(self, timeout_seconds: float) -> list[Entry]:
         """The entries that follow, in order, at once if there are any; empty after the time-out or a `wake`.

@@ -52,13 +52,15 @@ class Queued:
 @dataclass(frozen=True, slots=True)
 class Started:
     """A worker took the generation: always an entry `<epoch>-0`. `fresh` voids the output of every earlier
-    attempt; `continued` goes on from the entry `continues`."""
+    attempt; `continued` goes on from the entry `continues`. `restored`: the store is another process than the one that
+    wrote what is before, and may lack attempts that readers have seen."""
 
     type: ClassVar[str] = "generation.started"
     attempt: int
     provider: str
     mode: Literal["fresh", "continued"] = "fresh"
     continues: str | None = None
+    restored: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from shared.prompt import Message, Prompt
 Json: TypeAlias = dict[str, Any]
 
 PREFIX = "resp_"
-ATTEMPT_NUMBERS = 1_000_000  # how far the numbers of two attempts that spoke are apart
+ATTEMPT_NUMBERS = 1_000_000  # how far the numbers of two attempts that spoke are apart, for each millisecond between
 PING = b": ping\n"  # one line: openai-python takes a blank line for an event once it is not the first
 LAST_EVENTS: dict[Status, str] = {"completed": "response.completed", "failed": "response.failed"}
 INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -118,15 +118,21 @@ def current(entries: Sequence[Entry]) -> list[Entry]:
     return [*entries[:1], *entries[starts[-1] :]] if starts else list(entries)
 
 
-def count_voided(entries: Iterable[Entry]) -> int:
-    """How many attempts that a fresh one follows had spoken. `entries` end before the newest fresh start."""
-    voided, has_spoken = 0, False
+def first_number(entries: Iterable[Entry]) -> int:
+    """The number that the newest fresh attempt begins with. `entries` are the log's, up to its start.
+
+    0 while nothing that was said is void. Else it rests on the attempt's time: a count of attempts would be handed out
+    again by a store that lost one (a replica that was promoted), and a number would stand for two events."""
+    first, created_at, has_spoken = 0, 0, False
     for entry in entries:
-        event = decode(entry.data)
-        if _is_fresh(event):
-            voided, has_spoken = voided + has_spoken, False
-        has_spoken = has_spoken or _speaks(event)
-    return voided + has_spoken
+        match decode(entry.data):
+            case Queued(created_at=created_at):
+                pass
+            case Started(mode="fresh", restored=restored) if has_spoken or restored:  # a silent one is not to be seen
+                first, has_spoken = max(1, entry.position[0] - created_at) * ATTEMPT_NUMBERS, False
+            case event:
+                has_spoken = has_spoken or _speaks(event)
+    return first
 
 
 def _is_fresh(event: Event | None) -> bool:
@@ -143,14 +149,14 @@ def _speaks(event: Event | None) -> bool:
 
 
 class Responses:
-    """One stream. `after`: the last number the client has; `voided`: attempts whose words do not count any more."""
+    """One stream. `after`: the last number the client has; `first`: that of the stream's first event."""
 
     media_type = sse.MEDIA_TYPE
 
-    def __init__(self, asked: Asked | None = None, *, after: int = -1, voided: int = 0) -> None:
+    def __init__(self, asked: Asked | None = None, *, after: int = -1, first: int = 0) -> None:
         self._answer = Answer(asked or Asked())
         self._after = after
-        self._next = voided * ATTEMPT_NUMBERS
+        self._next = first
 
     def frames(self, entry: Entry) -> Iterator[Frame | Ending]:
         event = decode(entry.data)

@@ -23,7 +23,7 @@ from api.dialects.responses import (
     PREFIX,
     Asked,
     Responses,
-    count_voided,
+    first_number,
     input_items,
     options_of,
     response,
@@ -435,31 +435,33 @@ async def _stream(parts: Parts, order: Order, asked: Asked, after: int = -1) -> 
     admit(parts)
     async with AsyncExitStack() as stack:
         opening = await open_reader(stack, parts.tail, parts.event_log, order, None, resumed=after >= 0)
-        voided = await _count_voided(parts, opening.reader)
-        if after >= (voided + 1) * ATTEMPT_NUMBERS:
+        first = await _first_number(parts, opening.reader)
+        if first == 0 and after >= ATTEMPT_NUMBERS:
             raise BadRequest("starting_after: there is no event with this number yet", param="starting_after")
-        if 0 <= after < voided * ATTEMPT_NUMBERS:
+        if after >= 0 and not first <= after < first + ATTEMPT_NUMBERS:
             raise Conflict(
                 "the attempt this number belongs to was lost and its words are void: retrieve without starting_after",
                 code="attempt_superseded",
                 param="starting_after",
             )
-        return relay(parts, Responses(asked, after=after, voided=voided), opening, stack.pop_all())
+        return relay(parts, Responses(asked, after=after, first=first), opening, stack.pop_all())
     raise AssertionError("an exit stack of a relay swallows nothing")
 
 
-async def _count_voided(parts: Parts, reader: Reader) -> int:
-    """Attempts that had spoken before where the reader begins."""
-    entries: list[Entry] = []
+async def _first_number(parts: Parts, reader: Reader) -> int:
+    """The number of the first event the reader gets: of the newest fresh attempt."""
+    entries = list(reader.prefix)
     after = "0-1"
     while reader.prefix:  # it begins at a fresh start and skips what was before
         page = await parts.event_log.read(reader.generation_id, after)
-        before = [entry for entry in page if entry.position <= reader.cursor]
-        entries += before
-        if len(before) < len(page) or not page:
+        for entry in page:
+            entries.append(entry)
+            if entry.position > reader.cursor:
+                return first_number(entries)
+        if not page:
             break
         after = page[-1].id.decode()
-    return count_voided(entries)
+    return first_number(entries)
 
 
 async def _present(parts: Parts, order: Order, asked: Asked) -> Response:

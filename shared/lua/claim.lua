@@ -29,11 +29,12 @@ end
 -- Go on only from the very tail, and only on the server that took it: one that was restarted or promoted may have lost
 -- words that readers have seen, and an attempt that went on without them would be spliced to them.
 local server = server_run()
-if continues ~= tail or server == '' or o[11] ~= server then continues = '' end
+local restored = o[11] and o[11] ~= server
+if continues ~= tail or server == '' or restored or o[4] == '0' then continues = '' end
 local claimed, attempt = next_epoch(epoch, now), tonumber(o[4]) + 1
 local event = '{"type":"generation.started","attempt":' .. int(attempt) .. ',"provider":"' .. o[8] .. '"'
 if continues == '' then
-  event = event .. ',"mode":"fresh"}'
+  event = event .. ',"mode":"fresh"' .. (restored and ',"restored":true}' or '}')
   redis.call('HSET', order, 'fresh', int(claimed))
 else
   event = event .. ',"mode":"continued","continues":"' .. continues .. '"}'

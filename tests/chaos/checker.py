@@ -415,8 +415,7 @@ def _check_responses(truth: Truth, history: History) -> Iterator[str]:
             yield f"connection {at}: {what}"
     for run in _runs(connections):
         yield from _check_run(truth, run)
-    if not truth.lost_a_tail:  # else an attempt that was lost has had the numbers of the one that counts
-        yield from _check_one_event_for_each_number(connections)
+    yield from _check_one_event_for_each_number(connections)
     if history.full is None or responses(history.full.body).ending != OUTCOMES.get(truth.status):
         yield "it could not be heard once more after the end"
 

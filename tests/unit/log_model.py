@@ -63,7 +63,7 @@ class Order:
     hints: int = 1
     deleted: bool = False
     continued: bool = False
-    server: int | None = None  # the one that took the newest claim
+    server: int = 0  # the one that took the newest claim, or the order
     text: str = ""
 
     @property
@@ -158,6 +158,7 @@ class Model:
             log_lives_until=self.now + ALIVE_MS,
             lease_until=min(self.now + self.claim_grace_ms, queue_until),
             attended_until=self.now + self.abandon_ms if cancel_on_disconnect else None,
+            server=self.server,
         )
         self._write(generation_id, order, "0-1", encode(Queued(model, self.now)), previous="0-0")
         return "CREATED"
@@ -178,7 +179,8 @@ class Model:
         if self.now > deadline:
             self._fail(hint.generation_id, order, "deadline_exceeded")
             return None
-        order.continued = order.server == self.server and continues == order.tail.id.decode()
+        restored = None if order.server == self.server else True
+        order.continued = not restored and order.attempts > 0 and continues == order.tail.id.decode()
         order.server = self.server
         order.epoch = self._next_epoch(hint.generation_id, order)
         order.attempts += 1
@@ -188,7 +190,7 @@ class Model:
         if order.continued:
             started = Started(order.attempts, provider, "continued", continues)
         else:
-            order.text, started = "", Started(order.attempts, provider)
+            order.text, started = "", Started(order.attempts, provider, restored=restored)
         self._write(hint.generation_id, order, f"{order.epoch}-0", encode(started))
         return Claimed(order.epoch, order.attempts, (deadline - self.now) / 1000, order.continued)
 

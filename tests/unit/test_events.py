@@ -44,7 +44,9 @@ at = st.none() | numbers
 usages = st.none() | st.builds(Usage, numbers, numbers, numbers, numbers, numbers)
 EVENT_STRATEGIES: dict[type[Event], st.SearchStrategy[Any]] = {
     Queued: st.builds(Queued, words, numbers),
-    Started: st.builds(Started, numbers, words, st.sampled_from(["fresh", "continued"]), said_or_not),
+    Started: st.builds(
+        Started, numbers, words, st.sampled_from(["fresh", "continued"]), said_or_not, st.none() | st.just(True)
+    ),
     TextDelta: st.builds(TextDelta, words, at, at),
     ReasoningDelta: st.builds(ReasoningDelta, words, at, at),
     RefusalDelta: st.builds(RefusalDelta, words, at, at),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -14,8 +15,8 @@ from api.dialects.responses import (
     ATTEMPT_NUMBERS,
     Asked,
     Responses,
-    count_voided,
     current,
+    first_number,
     input_items,
     options_of,
     response,
@@ -34,6 +35,7 @@ from shared.events import (
     Started,
     TextDelta,
     ToolCallDelta,
+    decode,
     encode,
     format_id,
 )
@@ -81,11 +83,10 @@ def types(events: list[dict[str, Any]]) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_starting_after_every_number_is_the_exact_tail(name: str) -> None:
     """For every golden log and every number in it, what follows is byte for byte the rest of the full stream."""
-    for entries, voided in ((golden(name), 0), (current(golden(name)), 1)):
-        whole = sent(entries, voided=voided)
+    for entries, first in ((golden(name), 0), (current(golden(name)), 2500 * ATTEMPT_NUMBERS)):
+        whole = sent(entries, first=first)
         for n in range(len(whole)):
-            after = voided * ATTEMPT_NUMBERS + n
-            rest = sent(entries, after=after, voided=voided)
+            rest = sent(entries, after=first + n, first=first)
             assert rest == (whole[n + 1 :] or [block for block in whole[n:] if b"event: error" in block])
 
 
@@ -135,7 +136,7 @@ def test_a_fresh_attempt_after_words_ends_with_an_error_and_repeats_the_number()
     assert error["message"] == error["error"]["message"]
 
 
-def test_numbers_start_a_million_higher_for_each_attempt_that_had_spoken() -> None:
+def test_numbers_of_an_attempt_that_voids_words_rest_on_its_time() -> None:
     """Silent attempts count for nothing, and neither do sources that no words rested on."""
     source = SourceAdded("1", "T", "http://x")
     entries = log_of(
@@ -145,10 +146,26 @@ def test_numbers_start_a_million_higher_for_each_attempt_that_had_spoken() -> No
         *(Started(4, "demo"), ReasoningDelta("c")),
         *(Started(5, "demo"), TextDelta("d"), Completed("stop")),
     )
-    voided = entries[: entries.index(current(entries)[1])]
-    assert count_voided(voided) == 2
-    assert said(current(entries), voided=2)[0]["sequence_number"] == 2 * ATTEMPT_NUMBERS
-    assert count_voided(entries[:1]) == 0
+    entries[0] = Entry(b"0-1", encode(Queued("m", 300)))
+    starts = {n: place for place, entry in enumerate(entries) if (n := attempt_of(entry))}
+    firsts = {n: first_number(entries[: place + 1]) for n, place in starts.items()}
+    third, fifth = (3_000 - 300) * ATTEMPT_NUMBERS, (5_000 - 300) * ATTEMPT_NUMBERS
+    epochs = [entries[place].position[0] for place in starts.values()]
+    assert epochs == [1_000, 2_000, 3_000, 4_000, 5_000]
+    assert firsts == {1: 0, 2: 0, 3: third, 4: third, 5: fifth}
+    assert said(current(entries), first=fifth)[0]["sequence_number"] == fifth
+    assert first_number(entries[:1]) == 0
+
+
+def attempt_of(entry: Entry) -> int | None:
+    event = decode(entry.data)
+    return event.attempt if isinstance(event, Started) else None
+
+
+def test_an_attempt_on_a_store_that_may_have_lost_one_does_not_begin_at_0() -> None:
+    """The lost attempt had the numbers from 0 on, and clients may come back with one of them."""
+    assert first_number(log_of(FIRST, SECOND)) == 0
+    assert first_number(log_of(replace(FIRST, restored=True))) > 0
 
 
 def test_an_attempt_without_words_is_not_to_be_seen() -> None:

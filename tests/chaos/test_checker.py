@@ -150,10 +150,13 @@ def test_an_honest_failure_is_right(dialect: str) -> None:
 
 @pytest.mark.parametrize("dialect", CLIENTS)
 def test_what_a_store_lost_with_its_tail_is_right_only_then(dialect: str) -> None:
-    """An attempt that readers saw, even to its end, is not in the log of a store that died without it."""
+    """An attempt that readers saw, even to its end, is not in the log of a store that died without it. In Responses the
+    next one does not begin at 0 again."""
     seen = [*QUEUED, *ended(attempt(100, 1, 1), Completed("stop"))]
     connections = [Connection(status=200, body=said(dialect, seen), clean=True)]
     one = history(dialect, connections)
+    if one.full and dialect == "responses":
+        one.full.body = renumbered(dialect)
     assert violations(one, of=truth(CURRENT)) != ""
     assert violations(one, of=replace(truth(CURRENT), lost_a_tail=True)) == ""
 

@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev up test check lint types floors format e2e chaos cover lock tools clean
+.PHONY: help install dev up test check lint types floors format e2e chaos bench cover lock tools clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ e2e: $(VENV)/.dev ## Run the browser and command-line tests alone
 
 chaos: $(VENV)/.dev ## Run the fault suite: about 15 minutes; ARGS="--quick" for a short form
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+bench: $(VENV)/.dev ## Measure beside the peers: about 10 minutes; QUICK=1 for a short form
+	$(BIN)/python -m bench $(if $(QUICK),--quick) $(ARGS)
 
 cover: $(VENV)/.dev ## Run the tests with branch coverage
 	$(BIN)/python -m pytest --cov=api --cov=worker --cov=shared --cov=cli --cov-branch $(ARGS)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis as sync_redis
@@ -28,12 +29,27 @@ class Pair:
     front: Proxy
     replication: Proxy
 
+    async def stop_replicating(self) -> None:
+        """From now on; what is there at this moment, the claims above all, gets through."""
+        written = await asyncio.to_thread(_replication, self.primary, "master_repl_offset")
+
+        async def has_it() -> bool:
+            return await asyncio.to_thread(_replication, self.replica, "slave_repl_offset") >= written
+
+        await wait_until(has_it, timeout=30)
+        self.replication.freeze()
+
     async def fail_over(self) -> None:
         await self.primary.kill()
         with sync_redis.Redis(port=self.replica.port) as client:
             client.execute_command("REPLICAOF", "NO", "ONE")
         self.front.port_behind = self.replica.port
         self.front.cut()
+
+
+def _replication(server: Valkey, field: str) -> Any:
+    with sync_redis.Redis(port=server.port) as client:
+        return client.info("replication")[field]
 
 
 @pytest.fixture
@@ -45,12 +61,8 @@ async def pair(processes: Processes, tmp_path: Path) -> AsyncIterator[Pair]:
         replica.argv += ["--replicaof", f"127.0.0.1 {replication.port}"]
         await asyncio.to_thread(replica.start)  # the proxy between them runs here
 
-        def is_linked() -> bool:
-            with sync_redis.Redis(port=replica.port) as client:
-                return bool(client.info("replication")["master_link_status"] == "up")
-
         async def linked() -> bool:
-            return await asyncio.to_thread(is_linked)
+            return bool(await asyncio.to_thread(_replication, replica, "master_link_status") == "up")
 
         await wait_until(linked, timeout=30)
         yield Pair(primary, replica, front, replication)
@@ -79,7 +91,7 @@ async def test_what_the_new_primary_lacks_is_written_again(stack: Stack, pair: P
     readers = [stack.reader(generation) for generation in generations]
     reading = [asyncio.create_task(reader.read_to_end(timeout=100)) for reader in readers]
     await _read_on(readers, 5)
-    pair.replication.freeze()
+    await pair.stop_replicating()
     await _read_on(readers, 20)
     await pair.fail_over()
     await asyncio.gather(*reading)
@@ -107,7 +119,7 @@ async def test_without_its_worker_the_attempt_starts_over_and_says_so(
     reader = stack.reader(generation)
     reading = asyncio.create_task(reader.read_to_end(timeout=100))
     await _read_on([reader], 5)
-    pair.replication.freeze()
+    await pair.stop_replicating()
     await _read_on([reader], 20)
     await victim.kill()
     await pair.fail_over()
@@ -128,7 +140,7 @@ async def test_an_end_that_was_lost_is_written_again(stack: Stack, pair: Pair, u
     generation = await stack.create("ended")
     reader = stack.reader(generation)
     await reader.connect(stop_after=5)
-    pair.replication.freeze()
+    await pair.stop_replicating()
     await reader.read_to_end()
     assert reader.terminal is not None
     await pair.fail_over()

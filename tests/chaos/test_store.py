@@ -6,17 +6,13 @@ import asyncio
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
 
 from tests.chaos.looks import resident_bytes, stands_still
-from tests.conftest import environment
-from tests.processes import Processes, Valkey, valkey
-from tests.proxy import Proxy
+from tests.processes import Processes, Valkey
 from tests.reader import Reader, check_history
 from tests.stack import Stack
 from tests.upstream import Script, Upstream, frame
@@ -176,55 +172,3 @@ async def test_a_fast_upstream_is_held_while_redis_is_away(
     check_history(reader.blocks)
     assert reader.text == "".join(words) and len(reader.responses) == 1
     assert (await own_stack.snapshot(generation))["attempt"] == 1
-
-
-# ---- F6: a failover that loses the newest writes ----
-
-
-@asynccontextmanager
-async def pair(processes: Processes, tmp_path: Path) -> AsyncIterator[tuple[Valkey, Valkey, Proxy]]:
-    """A primary, its replica, and the line between them."""
-    primary, replica = (valkey(processes, tmp_path / name, append_only=True) for name in ("primary", "replica"))
-    primary.argv += ["--repl-diskless-sync-delay", "0"]
-    primary.start()
-    async with Proxy(primary.port) as line:
-        replica.argv += ["--replicaof", f"127.0.0.1 {line.port}"]
-        replica.start()
-        yield primary, replica, line
-
-
-async def test_a_failover_that_loses_writes_is_healed(processes: Processes, tmp_path: Path, upstream: Upstream) -> None:
-    """The primary dies with a second of writes its replica never got, and the replica takes over its address:
-    the worker gives it what is missing, nobody starts again, and every reader sees each position once."""
-    script = Script(count=220, pace_seconds=0.02)
-    upstream.script("failover", script)
-    async with pair(processes, tmp_path) as (primary, replica, line), Proxy(primary.port) as address:
-        stack = Stack(processes, environment(f"redis://127.0.0.1:{address.port}/0", "failover", upstream))
-        promoted: Redis = Redis.from_url(replica.url)
-        await wait_until(lambda: _is_in_step(promoted), timeout=20)
-        await stack.api()
-        worker = await stack.worker()
-        generations = [await stack.create("failover", f"p{n}") for n in range(5)]
-        readers = [stack.reader(generation) for generation in generations]
-        reading = [asyncio.create_task(reader.read_to_end()) for reader in readers]
-        await wait_until(lambda: all(len(reader.blocks) > 20 for reader in readers))
-        line.freeze()
-        seen = [len(reader.blocks) for reader in readers]
-        await wait_until(lambda: all(len(r.blocks) > before + 40 for r, before in zip(readers, seen, strict=True)))
-        await primary.kill()
-        line.cut()
-        address.port_behind = replica.port
-        address.cut()
-        await promoted.execute_command("REPLICAOF", "NO", "ONE")
-        await promoted.aclose()
-        await asyncio.gather(*reading)
-        assert "generation.gap_healed" in worker.log(), "nothing had been lost"
-        for n, (reader, generation) in enumerate(zip(readers, generations, strict=True)):
-            check_history(reader.blocks)
-            assert reader.text == script.text(f"p{n}") and len(reader.responses) == 1
-            assert (await stack.snapshot(generation))["attempt"] == 1
-        await stack.http.aclose()
-
-
-async def _is_in_step(replica: Redis) -> bool:
-    return bool((await replica.info("replication"))["master_link_status"] == "up")

@@ -76,11 +76,12 @@ async def _watch(socks: Sequence[socket.socket], api: Api, began: float) -> tupl
 
     The api's own sockets are looked at: a client that takes nothing does not even hear that it was closed."""
     by_port = {sock.getsockname()[1]: sock for sock in socks}
-    left = set(by_port)
+    left, taken = set(by_port), set[int]()  # one that the api has not accepted yet is not one that it closed
     most, ends = 0, {}
     while left and time.monotonic() - began < PATIENCE_SECONDS:
         held = await asyncio.to_thread(clients_of, api.port, api.process.pid)
-        over = (left - held) | {port for port in left & held if _was_turned_away(by_port[port])}
+        taken |= left & held
+        over = (left & taken) - held | {port for port in left if _was_turned_away(by_port[port])}
         ends |= dict.fromkeys(over, time.monotonic() - began)
         left -= over
         most = max(most, resident_bytes(api.process.pid))

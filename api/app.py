@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from fastapi import FastAPI
@@ -20,7 +20,7 @@ from api.admission import Gate
 from api.chats import Chats
 from api.dependencies import Parts
 from api.recent import Recent
-from api.relay import TRANSPORT, Drain
+from api.relay import RELAYING, TRANSPORT, Drain
 from api.routes import (
     chat_completions,
     generations,
@@ -50,13 +50,21 @@ log = logger("api")
 
 
 class Application(FastAPI):
-    """A FastAPI that keeps the server's transport in reach, so that a relay can break a connection off."""
+    """A FastAPI that keeps the server's transport in reach, so that a relay can break a connection off, and that runs
+    the relays itself, once the routes have returned."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         cycle = getattr(send, "__self__", None)
         transport = scope[TRANSPORT] = getattr(cycle, "transport", None)
+        relaying: list[Callable[[], Awaitable[None]]] = []
+        scope[RELAYING] = relaying
+        given = frozenset(scope)
         try:
             await super().__call__(scope, receive, send)
+            for name in scope.keys() - given:  # what the routing left there, its exit stacks above all
+                del scope[name]
+            for relay in relaying:
+                await _run_relay(relay)
         except Exception as error:
             # Starlette raises again what error_handlers has answered and logged by its place. The server would log
             # the words of it as well, and they may be a caller's. It closes a connection whose answer is not complete.
@@ -64,6 +72,16 @@ class Application(FastAPI):
                 raise
             if transport is None:
                 raise ConnectionAbortedError(f"broken off: {type(error).__name__}") from None
+
+
+async def _run_relay(relay: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await relay()
+    except ConnectionAbortedError:  # how a stream is broken off where the transport is not in reach
+        raise
+    except Exception as error:
+        log.error("relay.broke", error=type(error).__name__, at=place_of(error))
+        raise
 
 
 def create_app(settings: Settings | None = None) -> Application:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from starlette.responses import Response, StreamingResponse
@@ -28,6 +29,7 @@ DRAIN_SPREAD_SECONDS = 2.0  # over which the open streams of a stopping server a
 SYSTEM_UNSENT_BYTES = 128 * 1024  # that the system takes for one client; by itself it would take megabytes
 MAX_UNSENT_BYTES = 0  # beyond what the system takes: a client is waited for before it is sent more
 TRANSPORT = "rejoin.transport"  # where app.py leaves the server's transport in the scope
+RELAYING = "rejoin.relaying"  # the list in which a relay leaves what is to be awaited once the routes have returned
 
 
 class AtEnd(Exception):
@@ -177,8 +179,20 @@ class Relay(StreamingResponse):
         self._watch = Watch(opening.reader, drain)
         self._settings = settings
         self._greeting = greeting
+        self._transport: asyncio.Transport | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Leave it to app.py to `run` this when all that is around a route has returned: for each stream that is open
+        the frames of routing, validation and middleware would cost more memory than the stream itself."""
+        relaying = scope.get(RELAYING)
+        if relaying is None:  # another application around the routes
+            await self.run(scope, receive, send)
+        else:
+            relaying.append(partial(self.run, scope, receive, send))
+
+    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Relay until the end of the log, of the client or of the server."""
+        self._transport = scope.get(TRANSPORT)
         async with self._stack:
             _keep_little(scope)
             try:
@@ -238,8 +252,14 @@ class Relay(StreamingResponse):
 
     async def _send(self, send: Send, body: bytes) -> None:
         message: Message = {"type": "http.response.body", "body": body, "more_body": True}
+        if self._has_taken_all():  # then nothing is waited for, and a time-out costs as much as the rest
+            await send(message)
+            return
         async with asyncio.timeout(self._settings.send_timeout_seconds):
             await send(message)
+
+    def _has_taken_all(self) -> bool:
+        return self._transport is not None and not self._transport.get_write_buffer_size()
 
     async def _finish(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(self._settings.send_timeout_seconds):

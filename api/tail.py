@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.asyncio.connection import AbstractConnection
 
 from shared import metrics
@@ -52,21 +53,21 @@ class Feed:
     def __init__(self, generation_id: str, event_log: EventLog) -> None:
         self.generation_id = generation_id
         self.readers = 0
-        self.acknowledged = asyncio.Event()
+        self.acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.last: Position | None = None  # the newest entry known; None until the log was looked at
         self.floor: Position = NEVER  # the window holds all that follows this
         self.has_ended = False
         self.is_gone = False
         self.heard_at = time.monotonic()
         self._event_log = event_log
-        self._window: deque[tuple[Position, Entry]] = deque()
+        self._window: deque[tuple[Position, Entry]] | None = None  # a log that waits has none
         self._target: Position | None = None  # an entry somebody told of that is not in the window yet
         self._filling: asyncio.Task[None] | None = None
         self._waiting: set[asyncio.Future[None]] = set()
 
     async def prime(self) -> None:
         """Look where the log ends, once, after the subscription stands: from here on nothing is missed."""
-        await self.acknowledged.wait()
+        await asyncio.wait([self.acknowledged])
         if self.last is None:
             tail = await self._event_log.tail(self.generation_id)
             if self.last is None:
@@ -111,14 +112,15 @@ class Feed:
 
     def _extend(self, entries: Iterable[Entry]) -> None:
         assert self.last is not None
+        window = self._window = self._window if self._window is not None else deque()
         for entry in entries:
             position = entry.position
             if position > self.last:
-                self._window.append((position, entry))
+                window.append((position, entry))
                 self.last = position
                 self.has_ended = is_terminal(entry.data)
-        while len(self._window) > WINDOW:
-            self.floor = self._window.popleft()[0]
+        while len(window) > WINDOW:
+            self.floor = window.popleft()[0]
         self.wake()
 
     def following(self, cursor: Position) -> list[Entry] | None:
@@ -128,7 +130,7 @@ class Feed:
         if cursor >= self.last:
             return []
         found: list[Entry] = []
-        for position, entry in reversed(self._window):
+        for position, entry in reversed(self._window or ()):
             if position <= cursor:
                 break
             found.append(entry)
@@ -261,6 +263,7 @@ class Tail:
         self._attended: Counter[str] = Counter()
         self._connection: AbstractConnection | None = None
         self._heard_at = 0.0
+        self._prefix = len(event_log.keys.push(""))
 
     @asynccontextmanager
     async def follow(self, order: Order) -> AsyncIterator[Feed]:
@@ -335,15 +338,23 @@ class Tail:
         ids = list(self._feeds)
         for start in range(0, len(ids), 500):
             await self._subscribe("SUBSCRIBE", ids[start : start + 500])
-        prefix = len(self._event_log.keys.push(""))
+        # redis-py gives one reply for each await, at several times the cost of parsing it; a busy subscription has
+        # hundreds at hand when its socket was read.
+        parser: Any = connection._parser
         while True:
-            reply: Any = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+            while (reply := parser._reader.gets(False)) is not NOT_ENOUGH_DATA:
+                await self._take(reply)
+            await parser.read_from_socket()
             self._heard_at = time.monotonic()
-            match reply[0]:
-                case b"message":
-                    self._dispatch(reply[1][prefix:].decode(), reply[2])
-                case b"subscribe":
-                    await self._acknowledge(reply[1][prefix:].decode())
+
+    async def _take(self, reply: Any) -> None:
+        if isinstance(reply, Exception):
+            raise reply
+        kind, channel, *payload = reply
+        if kind == b"message":
+            self._dispatch(channel[self._prefix :].decode(), *payload)
+        elif kind == b"subscribe":
+            await self._acknowledge(channel[self._prefix :].decode())
 
     def _dispatch(self, generation_id: str, payload: bytes) -> None:
         feed = self._feeds.get(generation_id)
@@ -363,9 +374,10 @@ class Tail:
         if feed is None:  # it was subscribed again as its last reader left
             await self._unsubscribe(generation_id)
             return
-        if feed.acknowledged.is_set():  # subscribed again after a cut: read what was missed
+        if feed.acknowledged.done():  # subscribed again after a cut: read what was missed
             feed.fill((2**62, 0))
-        feed.acknowledged.set()
+        else:
+            feed.acknowledged.set_result(None)
 
     async def _watch_connection(self) -> None:
         """A connection that says nothing is asked; one that does not answer is given up."""

@@ -262,6 +262,8 @@ class _Connection(asyncio.Protocol):
 
     async def write(self, data: bytes) -> None:
         self.transport.write(data)
+        while self.transport.is_closing():  # the client has left: `connection_lost` is about to end this answer
+            await asyncio.sleep(0.001)
         await self._writable.wait()
 
     def reset(self) -> None:

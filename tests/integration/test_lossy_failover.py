@@ -133,11 +133,11 @@ async def test_without_its_worker_the_attempt_starts_over_and_says_so(
 
 async def test_an_end_that_was_lost_is_written_again(stack: Stack, pair: Pair, upstream: Upstream) -> None:
     """REJOIN_WAIT_REPLICAS=1: the worker keeps a finished answer until the replica has it, and no prompt runs twice."""
-    upstream.script("ended", Script(count=30, pace_seconds=0.03))
+    upstream.script("end-lost", Script(count=30, pace_seconds=0.03))
     env = {"REJOIN_WAIT_REPLICAS": "1", "REJOIN_WAIT_MILLISECONDS": "100"}
     await stack.api(**env)
     await stack.worker(**env)
-    generation = await stack.create("ended")
+    generation = await stack.create("end-lost")
     reader = stack.reader(generation)
     await reader.connect(stop_after=5)
     await pair.stop_replicating()
@@ -152,4 +152,4 @@ async def test_an_end_that_was_lost_is_written_again(stack: Stack, pair: Pair, u
     await wait_until(ended_there, timeout=20, every=0.1)
     late = await stack.reader(generation).read_to_end()
     assert late.raw == reader.raw
-    assert upstream.hits("ended") == 1
+    assert upstream.hits("end-lost") == 1

@@ -136,15 +136,15 @@ async def test_the_main_job_on_a_cluster_and_the_loss_of_a_node(stack: Stack, no
 
 async def _everything_else(stack: Stack, upstream: Upstream) -> None:
     """Cancel, resume, delete, list and an idempotent create, in every partition."""
-    upstream.script("endless", Script(count=100_000, pace_seconds=0.02))
-    running = [await stack.create("endless", f"q{n}") for n in range(12)]
+    upstream.script("on-and-on", Script(count=100_000, pace_seconds=0.02))
+    running = [await stack.create("on-and-on", f"q{n}") for n in range(12)]
     for generation in running:
         reader = stack.reader(generation)
         await reader.connect(stop_after=5)
         await reader.connect(stop_after=5, url=stack.apis[1].url + generation["events_url"])
         check_history(reader.blocks)
         assert (await stack.cancel(generation))["status"] == "cancelled"
-    await upstream.wait_closed("endless")
+    await upstream.wait_closed("on-and-on")
     api = stack.apis[0].url
     assert (await stack.http.delete(f"{api}/v1/generations/{running[0]['id']}")).status_code == 204
     listed = (await stack.http.get(f"{api}/v1/generations?limit=50")).json()["data"]

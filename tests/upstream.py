@@ -262,8 +262,8 @@ class _Connection(asyncio.Protocol):
 
     async def write(self, data: bytes) -> None:
         self.transport.write(data)
-        while self.transport.is_closing():  # the client has left: `connection_lost` is about to end this answer
-            await asyncio.sleep(0.001)
+        if self.transport.is_closing():  # the client has left: `connection_lost` is about to cancel this
+            await asyncio.sleep(60)
         await self._writable.wait()
 
     def reset(self) -> None:

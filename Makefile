@@ -48,7 +48,7 @@ format: $(VENV)/.dev ## Format, and fix what lint can fix
 e2e: $(VENV)/.dev ## Run the browser and command-line tests alone
 	$(BIN)/python -m pytest tests/e2e $(ARGS)
 
-chaos: $(VENV)/.dev ## Run the fault suite: about 15 minutes; ARGS="--quick" for a short form
+chaos: $(VENV)/.dev ## Run the fault suite: about 25 minutes; ARGS="--quick" for a short form
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 bench: $(VENV)/.dev ## Measure beside the peers: 10 to 20 minutes; QUICK=1 for a short form

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.asyncio.connection import AbstractConnection
 
 from shared import metrics
@@ -23,7 +22,7 @@ from shared.cluster import Servers
 from shared.event_log import PAGE, EventLog, Order
 from shared.events import Entry, Position, format_id, is_terminal
 from shared.observability import logger
-from shared.redis import COMMAND_TIMEOUT_SECONDS, TROUBLE
+from shared.redis import COMMAND_TIMEOUT_SECONDS, TROUBLE, read_replies
 
 WINDOW = 256  # entries of a log kept in memory for readers that keep up
 LOOK_SECONDS = 2.0  # how often a silent log is looked at: a lost last push, an expired key, a flushed server
@@ -338,14 +337,11 @@ class Tail:
         ids = list(self._feeds)
         for start in range(0, len(ids), 500):
             await self._subscribe("SUBSCRIBE", ids[start : start + 500])
-        # redis-py gives one reply for each await, at several times the cost of parsing it; a busy subscription has
-        # hundreds at hand when its socket was read.
-        parser: Any = connection._parser
         while True:
-            while (reply := parser._reader.gets(False)) is not NOT_ENOUGH_DATA:
-                await self._take(reply)
-            await parser.read_from_socket()
+            replies = await read_replies(connection)
             self._heard_at = time.monotonic()
+            for reply in replies:
+                await self._take(reply)
 
     async def _take(self, reply: Any) -> None:
         if isinstance(reply, Exception):

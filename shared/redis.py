@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import unquote, urlsplit
 
+from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.asyncio import BlockingConnectionPool, Redis, Sentinel
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
@@ -166,6 +167,19 @@ def over_uvloop(kind: type[AbstractConnection]) -> type[AbstractConnection]:
                 raise ConnectionError("the connection was closed as it was read") from error
 
     return Connection
+
+
+async def read_replies(connection: AbstractConnection) -> list[Any]:
+    """All whole replies that one read of the socket brought, undecoded, errors among them. Raises redis' errors.
+
+    For a subscription: redis-py gives one reply for each await, at several times the cost of parsing it, and a busy
+    one has hundreds at hand."""
+    parser: Any = connection._parser
+    await parser.read_from_socket()
+    replies: list[Any] = []
+    while (reply := parser._reader.gets(False)) is not NOT_ENOUGH_DATA:
+        replies.append(reply)
+    return replies
 
 
 class Primary:

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from fastapi import FastAPI
@@ -20,7 +20,7 @@ from api.admission import Gate
 from api.chats import Chats
 from api.dependencies import Parts
 from api.recent import Recent
-from api.relay import RELAYING, TRANSPORT, Drain
+from api.relay import RELAYING, TRANSPORT, Drain, Relay
 from api.routes import (
     chat_completions,
     generations,
@@ -54,17 +54,11 @@ class Application(FastAPI):
     the relays itself, once the routes have returned."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cycle = getattr(send, "__self__", None)
-        transport = scope[TRANSPORT] = getattr(cycle, "transport", None)
-        relaying: list[Callable[[], Awaitable[None]]] = []
-        scope[RELAYING] = relaying
-        given = frozenset(scope)
+        transport = scope[TRANSPORT] = getattr(getattr(send, "__self__", None), "transport", None)
         try:
-            await super().__call__(scope, receive, send)
-            for name in scope.keys() - given:  # what the routing left there, its exit stacks above all
-                del scope[name]
-            for relay in relaying:
-                await _run_relay(relay)
+            relay = await self._route(scope, receive, send)
+            if relay is not None:
+                await _run_relay(relay, receive, send)
         except Exception as error:
             # Starlette raises again what error_handlers has answered and logged by its place. The server would log
             # the words of it as well, and they may be a caller's. It closes a connection whose answer is not complete.
@@ -73,10 +67,29 @@ class Application(FastAPI):
             if transport is None:
                 raise ConnectionAbortedError(f"broken off: {type(error).__name__}") from None
 
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> Relay | None:
+        """Answer, but for the relay that the answer may have begun."""
+        relaying: list[Relay] = []
+        scope[RELAYING] = relaying
+        given = frozenset(scope)
+        try:
+            await super().__call__(scope, receive, send)
+        except BaseException:
+            for relay in relaying:
+                await relay.aclose()
+            raise
+        if not relaying:
+            return None
+        del scope[RELAYING]
+        for name in scope.keys() - given:  # what the routing left there, its exit stacks above all
+            del scope[name]
+        scope.get("headers", []).clear()  # a browser sends two kilobytes of them, and nobody asks any more
+        return relaying[0]
 
-async def _run_relay(relay: Callable[[], Awaitable[None]]) -> None:
+
+async def _run_relay(relay: Relay, receive: Receive, send: Send) -> None:
     try:
-        await relay()
+        await relay.run(receive, send)
     except ConnectionAbortedError:  # how a stream is broken off where the transport is not in reach
         raise
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -38,11 +38,24 @@ class Dialect(Protocol):
         """What this entry says in this protocol. `Ending.STOP` after a frame that says why the stream ends here,
         `Ending.ABORT` when there is no such frame and the connection is broken off."""
 
-    def encode(self, frame: Frame) -> bytes:
-        """The frame's bytes on the wire."""
+    def render(self, entries: Sequence[Entry]) -> tuple[bytes, Ending | None]:
+        """The bytes of what these entries say, up to an ending among their frames, which is answered too."""
 
     def ping(self) -> bytes:
         """Bytes that mean nothing, to keep a silent connection open; empty where the protocol has none."""
 
     def ending(self, ending: Ending, retry_ms: int) -> bytes | None:
         """The last bytes of a relay that has to stop early, after which it ends cleanly; None: abort the connection."""
+
+
+def render(
+    frames: Callable[[Entry], Iterable[Frame | Ending]], encode: Callable[[Frame], bytes], entries: Sequence[Entry]
+) -> tuple[bytes, Ending | None]:
+    """What most dialects' `render` is: `frames` of each entry, `encode` of each frame."""
+    blocks: list[bytes] = []
+    for entry in entries:
+        for frame in frames(entry):
+            if isinstance(frame, Ending):
+                return b"".join(blocks), frame
+            blocks.append(encode(frame))
+    return b"".join(blocks), None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette.responses import Response
@@ -19,7 +18,7 @@ from api.frames import Dialect, Ending
 from api.relay import Opening, Relay, Whole, open_reader
 from shared import metrics
 from shared.errors import BadRequest, TooMany, Unavailable
-from shared.event_log import Hint, OnDisconnect, Order, gone, new_id
+from shared.event_log import OnDisconnect, Order, gone, new_id
 from shared.events import Snapshot
 from shared.observability import logger
 from shared.prompt import Prompt
@@ -48,9 +47,9 @@ async def start(
     route = parts.models.resolve(prompt.model)
     generation_id = idempotent_id(parts.settings, tenant, idempotency_key) if idempotency_key else new_id()
     is_new = idempotency_key is None or await parts.event_log.order(generation_id) is None
-    if is_new and await parts.jobs.depth() >= parts.settings.max_queued:
-        raise TooMany("too many generations wait for a worker; try again later", code="queue_full")
-    created = await parts.event_log.create(
+    if is_new and (idempotency_key or parts.jobs.was_full) and await parts.jobs.depth() >= parts.settings.max_queued:
+        raise _full()
+    order, created = await parts.event_log.create(
         generation_id,
         tenant=tenant,
         provider=route.provider,
@@ -58,23 +57,30 @@ async def start(
         on_disconnect=on_disconnect,
         options=options or {},
     )
-    order = await parts.event_log.order(generation_id)
-    if order is None:
-        raise Unavailable("the generation was written and is gone; Redis was flushed", code="store_lost")
+    if created or (is_new and order.status == "queued"):  # ours too, perhaps: the create was sent twice, its reply lost
+        # Another request with the same key may have been told of the order: it is not taken back.
+        await _announce(parts, order, most=None if idempotency_key else parts.settings.max_queued)
     if created:
         log.info("generation.queued", generation_id=generation_id, model=prompt.model)
         metrics.GENERATIONS_CREATED.inc()
-    if created or (is_new and order.status == "queued"):  # ours too, perhaps: the create was sent twice, its reply lost
-        await _announce(parts, order)
     return order
 
 
-async def _announce(parts: Parts, order: Order) -> None:
+async def _announce(parts: Parts, order: Order, most: int | None) -> None:
+    """Hint the workers, and list it. Raises TooMany, and takes the order back, where `most` hints wait already."""
     try:
-        await parts.jobs.send(Hint(order.id, 0, 1))
-        await parts.recent.add(order.tenant, order.id, order.created_at)
+        if await parts.jobs.announce(order, parts.recent.of(order.tenant), most):
+            return
+        if not await parts.event_log.retract(order.id):  # a worker has it: the announcement was sent twice
+            return
     except TROUBLE as error:  # the queued lease will send the hint again
         log.warning("generation.not_hinted", generation_id=order.id, error=type(error).__name__)
+        return
+    raise _full()
+
+
+def _full() -> TooMany:
+    return TooMany("too many generations wait for a worker; try again later", code="queue_full")
 
 
 def admit(parts: Parts) -> None:
@@ -94,32 +100,27 @@ async def follow(
 
     Raises Gone when the log is no more, Unavailable when this server takes no more streams."""
     admit(parts)
-    async with AsyncExitStack() as stack:
-        opening = await open_reader(stack, parts.tail, parts.event_log, order, None, resumed=resumed)
-        return relay(parts, dialect, opening, stack.pop_all(), headers=headers)
-    raise AssertionError("an exit stack of a relay swallows nothing")
+    opening = await open_reader(parts.tail, order, None, resumed=resumed)
+    return relay(parts, dialect, opening, headers=headers)
 
 
 async def wait(parts: Parts, order: Order, build: Callable[[Snapshot | Ending], Response]) -> Whole:
     """The answer that waits for the end of a log and says all of it at once, as `build` puts it.
 
     Raises Gone when the log is no more. A client that leaves is a reader that leaves."""
-    async with AsyncExitStack() as stack:
-        opening = await open_reader(stack, parts.tail, parts.event_log, order, None)
-        return Whole(opening.reader, stack.pop_all(), parts.drain, build)
-    raise AssertionError("an exit stack of a relay swallows nothing")
+    opening = await open_reader(parts.tail, order, None)
+    return Whole(opening.reader, parts.drain, build)
 
 
 def relay(
     parts: Parts,
     dialect: Dialect,
     opening: Opening,
-    stack: AsyncExitStack,
     *,
     headers: dict[str, str] | None = None,
     greeting: bytes = b"",
 ) -> Relay:
-    """The response that relays an opened log; it owns `stack`."""
+    """The response that relays an opened log; it owns the reader."""
     headers = {
         **sse.HEADERS,
         "X-Content-Type-Options": "nosniff",
@@ -127,7 +128,7 @@ def relay(
         "Rejoin-Resumed-From": opening.resumed_from,
         **(headers or {}),
     }
-    return Relay(opening, dialect, stack, parts.drain, parts.settings, headers=headers, greeting=greeting)
+    return Relay(opening, dialect, parts.drain, parts.settings, headers=headers, greeting=greeting)
 
 
 async def fold(parts: Parts, order: Order) -> Snapshot:

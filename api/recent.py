@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shared.jobs import Listing
 from shared.redis import Client, Keys
 
 LENGTH = 1000
@@ -17,13 +18,9 @@ class Recent:
         self._keys = keys
         self._retention_seconds = retention_seconds
 
-    async def add(self, tenant: str, generation_id: str, created_at: int) -> None:
-        key = self._keys.recent(tenant)
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.zadd(key, {generation_id: created_at}, nx=True)
-            pipe.zremrangebyrank(key, 0, -LENGTH - 1)
-            pipe.expire(key, self._retention_seconds)
-            await pipe.execute()
+    def of(self, tenant: str) -> Listing:
+        """Where a new one of this tenant's goes; it is put there together with its first hint."""
+        return Listing(self._keys.recent(tenant), LENGTH, self._retention_seconds)
 
     async def page(self, tenant: str, after: str | None, count: int) -> list[str]:
         """At most `count` ids, newest first, those that follow `after` (the last of the page before)."""

@@ -17,18 +17,16 @@ HEADERS = {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",  # nginx: do not hold the stream back
 }
+BLOCK = b"id: %b\nevent: %b\ndata: %b\n\n"  # an event with all it can have
 _CURSOR = re.compile(r"(?:0|[1-9][0-9]{0,14})-(?:0|[1-9][0-9]{0,14})")
 
 
 def encode(frame: Frame) -> bytes:
     """One event block. An `id` only counts for a client when the block has data, so it always has."""
-    lines = []
-    if frame.id:
-        lines.append(b"id: " + frame.id)
+    block = b"data: %b\n\n" % frame.data
     if frame.event:
-        lines.append(b"event: " + frame.event)
-    lines.append(b"data: " + frame.data)
-    return b"\n".join(lines) + b"\n\n"
+        block = b"event: %b\n%b" % (frame.event, block)
+    return b"id: %b\n%b" % (frame.id, block) if frame.id else block
 
 
 def retry(milliseconds: int) -> bytes:

@@ -11,8 +11,8 @@ import asyncio
 import random
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
@@ -20,14 +20,15 @@ from redis.asyncio.connection import AbstractConnection
 from shared import metrics
 from shared.cluster import Servers
 from shared.event_log import PAGE, EventLog, Order
-from shared.events import Entry, Position, format_id, is_terminal
+from shared.events import Entry, Position, format_id, is_terminal, parse_id
 from shared.observability import logger
-from shared.redis import COMMAND_TIMEOUT_SECONDS, TROUBLE, read_replies
+from shared.redis import COMMAND_TIMEOUT_SECONDS, TROUBLE, Replies
 
-WINDOW = 256  # entries of a log kept in memory for readers that keep up
+WINDOW = 256  # entries of a log kept in memory for readers that fall behind a little
 LOOK_SECONDS = 2.0  # how often a silent log is looked at: a lost last push, an expired key, a flushed server
 PING_AFTER_SECONDS = 1.0  # of silence on the subscription
 DEAD_AFTER_SECONDS = 2.5  # looked at twice a second: given up within 3 s
+SUBSCRIBE_SECONDS = 10.0  # that Redis has to take a subscription
 AWAY_TRIES = 100  # a tenth of a second each, before a reader that waits for Redis is pinged
 FIRST_PAGE = 32  # entries a reader asks the log for; twice as many each time, while they are thin
 MAX_BATCH_BYTES = 16 * 1024  # of events given to a reader at once: what one that never reads costs, a few times over
@@ -49,9 +50,14 @@ def just_before(position: Position) -> Position:
 class Feed:
     """What this process knows of one log while somebody reads it: its newest entries, in order, without a gap."""
 
+    __slots__ = (
+        *("acknowledged", "floor", "generation_id", "has_ended", "heard_at", "is_gone", "last", "readers"),
+        *("_event_log", "_filling", "_last_id", "_target", "_window"),
+    )
+
     def __init__(self, generation_id: str, event_log: EventLog) -> None:
         self.generation_id = generation_id
-        self.readers = 0
+        self.readers: set[Reader] = set()
         self.acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.last: Position | None = None  # the newest entry known; None until the log was looked at
         self.floor: Position = NEVER  # the window holds all that follows this
@@ -59,33 +65,30 @@ class Feed:
         self.is_gone = False
         self.heard_at = time.monotonic()
         self._event_log = event_log
-        self._window: deque[tuple[Position, Entry]] | None = None  # a log that waits has none
+        self._last_id = b""  # of `last`, where it came in a push: two equal ids need not be read
+        self._window: deque[tuple[Position, Entry]] | None = None  # for readers that are not told at once
         self._target: Position | None = None  # an entry somebody told of that is not in the window yet
         self._filling: asyncio.Task[None] | None = None
-        self._waiting: set[asyncio.Future[None]] = set()
 
-    async def prime(self) -> None:
-        """Look where the log ends, once, after the subscription stands: from here on nothing is missed."""
-        await asyncio.wait([self.acknowledged])
+    def prime(self, tail: Entry) -> None:
+        """Take where the log was seen to end after the subscription stood: from here on nothing is missed."""
         if self.last is None:
-            tail = await self._event_log.tail(self.generation_id)
-            if self.last is None:
-                if tail is None:
-                    self.go()
-                    return
-                self.floor = self.last = tail.position
+            self.floor = self.last = tail.position
+            self.has_ended = is_terminal(tail.data)
         if self._target is not None and self._target > self.last:
             self.fill(self._target)
 
-    def push(self, previous: Position, entries: list[Entry]) -> None:
-        """Take a push: what follows directly is kept, a hole is filled from the log."""
+    def push(self, previous: bytes, entries: list[Entry]) -> list[Entry]:
+        """Take a push, without telling the readers: what follows directly is kept, a hole is filled from the log.
+        Answers what of it was new."""
         self.heard_at = time.monotonic()
         if self.last is None:
             self._target = entries[-1].position
-        elif previous <= self.last:
-            self._extend(entries)
+        elif previous == self._last_id or parse_id(previous) <= self.last:
+            return self._extend(entries)
         else:
             self.fill(entries[-1].position)
+        return []
 
     def fill(self, target: Position) -> None:
         """Read from the log up to `target`; at most one read is in flight, later calls only raise its target."""
@@ -104,30 +107,40 @@ class Feed:
             except TROUBLE:
                 await asyncio.sleep(0.1)
                 continue
-            self._extend(entries)
+            self.tell(self._extend(entries))
             metrics.HOLES_FILLED.inc(bool(entries))
             if not entries and self._target == target:
                 self._target = None  # the log ends earlier than we were told: its writer will heal it
 
-    def _extend(self, entries: Iterable[Entry]) -> None:
+    def _extend(self, entries: Iterable[Entry]) -> list[Entry]:
         assert self.last is not None
-        window = self._window = self._window if self._window is not None else deque()
+        window = None if all(reader.on_news is not None for reader in self.readers) else (self._window or deque())
+        new: list[Entry] = []
         for entry in entries:
             position = entry.position
             if position > self.last:
-                window.append((position, entry))
-                self.last = position
+                if window is not None:
+                    window.append((position, entry))
+                new.append(entry)
+                self.last, self._last_id = position, entry.id
                 self.has_ended = is_terminal(entry.data)
-        while len(window) > WINDOW:
-            self.floor = window.popleft()[0]
-        self.wake()
+        self._keep(window)
+        return new
+
+    def _keep(self, window: deque[tuple[Position, Entry]] | None) -> None:
+        """Nothing where every reader is told at once: a window for each stream is what would take the most memory."""
+        self._window = window
+        if window is None:
+            assert self.last is not None
+            self.floor = self.last
+        else:
+            while len(window) > WINDOW:
+                self.floor = window.popleft()[0]
 
     def following(self, cursor: Position) -> list[Entry] | None:
         """What follows a cursor, from memory; None when the window does not reach back that far."""
         if cursor < self.floor or self.last is None:
             return None
-        if cursor >= self.last:
-            return []
         found: list[Entry] = []
         for position, entry in reversed(self._window or ()):
             if position <= cursor:
@@ -137,23 +150,14 @@ class Feed:
         return found
 
     def go(self) -> None:
+        """The log is no more."""
         self.is_gone = True
-        self.wake()
+        self.tell([])
 
-    def wake(self) -> None:
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiting.clear()
-
-    def waiter(self) -> asyncio.Future[None]:
-        """A future that is done at the next change."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(future)
-        return future
-
-    def forget(self, waiter: asyncio.Future[None]) -> None:
-        self._waiting.discard(waiter)
+    def tell(self, entries: list[Entry]) -> None:
+        """Tell every reader what is new; of nothing, that the log is gone, or its end not where it was thought."""
+        for reader in tuple(self.readers):
+            reader.hear(entries)
 
     def close(self) -> None:
         if self._filling is not None:
@@ -161,20 +165,29 @@ class Feed:
 
 
 class Reader:
-    """One cursor on one log. `next` gives what follows it; a feed of None stands for a log that has ended."""
+    """One cursor on one log; `aclose` ends it. `next` waits for what follows; while it `is_level` with the log, it
+    may have `on_news` told instead. A log that has ended has no feed: it is read page by page."""
 
-    def __init__(
-        self, event_log: EventLog, order: Order, feed: Feed | None, cursor: Position, ahead_of: Position | None
-    ):
-        self.cursor = cursor
-        self.prefix: list[Entry] = []  # given first: entry 0-1 for a reader that then skips void attempts
+    __slots__ = (
+        *("__weakref__", "ahead_of", "cursor", "event_log", "feed", "generation_id", "is_attending", "on_news"),
+        *("page", "prefix", "_page_size", "_tail", "_waiter", "_woken"),
+    )
+
+    def __init__(self, tail: Tail, order: Order) -> None:
         self.generation_id = order.id
-        self._event_log = event_log
-        self._feed = feed
-        self._ahead_of = ahead_of  # the tail at the time our cursor was ahead of it
+        self.event_log = tail.event_log
+        self.feed: Feed | None = None
+        self.cursor: Position = NEVER
+        self.prefix: list[Entry] = []  # given first: entry 0-1 for a reader that then skips void attempts
+        self.page: list[Entry] = []  # what follows the cursor, where it was read already
+        self.ahead_of: Position | None = None  # the tail at the time our cursor was ahead of it
+        # Told what is new while this is level with the log and nobody is in `next`. False: `next` shall give it.
+        self.on_news: Callable[[list[Entry]], bool] | None = None
+        self.is_attending = False
+        self._tail = tail
         self._waiter: asyncio.Future[None] | None = None
         self._woken = False
-        self._page = FIRST_PAGE
+        self._page_size = FIRST_PAGE
 
     async def next(self, timeout_seconds: float) -> list[Entry]:
         """The entries that follow, in order, at once if there are any; empty after the time-out or a `wake`.
@@ -192,20 +205,45 @@ class Reader:
             self.cursor = entries[-1].position
         return entries
 
+    @property
+    def is_level(self) -> bool:
+        """Has it given all there is, so that the feed will tell when there is more?"""
+        feed = self.feed
+        if feed is None or feed.is_gone or feed.last is None or self.ahead_of is not None or self._woken:
+            return False
+        return self.cursor == feed.last and not self.prefix and not self.page
+
+    def hear(self, entries: list[Entry]) -> None:
+        """The feed has something new. `on_news` is only set while this is level with the feed."""
+        if self._waiter is not None:
+            _finish(self._waiter)
+        elif self.on_news is not None:
+            if sum([len(entry.data) for entry in entries]) > MAX_BATCH_BYTES:
+                entries = []  # to be read from the log, bit by bit
+            if not self.on_news(entries):
+                self.page = entries
+            elif entries:
+                self.cursor = entries[-1].position
+
     def wake(self) -> None:
         """Have `next` return now: the client has gone, or the server is going."""
         self._woken = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            _finish(self._waiter)
+
+    async def aclose(self) -> None:
+        """Read no more; the last reader of a log ends its feed."""
+        await self._tail.leave(self)
 
     async def _look(self) -> list[Entry]:
-        if self._feed is None:
+        feed = self.feed
+        if feed is None or self.page:
             return await self._read()
-        if self._ahead_of is not None:
-            await self._mind_being_ahead(self._feed)
-        kept = self._feed.following(self.cursor)
+        if self.ahead_of is not None:
+            await self._mind_being_ahead(feed)
+        kept = feed.following(self.cursor)
         found = await self._read() if kept is None else _batch(kept)
-        if not found and self._feed.is_gone:
+        if not found and feed.is_gone:
             raise Gone
         return found
 
@@ -214,11 +252,13 @@ class Reader:
         after = "-" if self.cursor == NEVER else format_id(self.cursor).decode()
         for _ in range(AWAY_TRIES):
             try:
-                page = await self._event_log.read(self.generation_id, after, self._page)
-                if not page and self._feed is None:  # it had ended, so there is more to read, or it expired
+                page, self.page = self.page, []
+                page = page or await self.event_log.read(self.generation_id, after, self._page_size)
+                if not page and self.feed is None:  # it had ended, so there is more to read, or it expired
                     raise Gone
                 batch = _batch(page)
-                self._page = len(batch) if len(batch) < len(page) else min(PAGE, 2 * self._page)
+                self.page = page[len(batch) :]
+                self._page_size = len(batch) if self.page else min(PAGE, 2 * self._page_size)
                 return batch
             except TROUBLE:
                 await asyncio.sleep(0.1)
@@ -229,25 +269,25 @@ class Reader:
     async def _mind_being_ahead(self, feed: Feed) -> None:
         """Our cursor was ahead of the tail. Either the writer heals the log up to it, or another epoch or the end comes
         first, and what we have is void: then go on from the newest fresh start."""
-        assert self._ahead_of is not None and feed.last is not None
+        assert self.ahead_of is not None and feed.last is not None
         epoch = self.cursor[0]
         if feed.last[0] == epoch and feed.last >= self.cursor:
-            self._ahead_of = None
-        elif feed.has_ended or feed.last[0] not in (epoch, self._ahead_of[0]):
-            order = await self._event_log.order(self.generation_id)
+            self.ahead_of = None
+        elif feed.has_ended or feed.last[0] not in (epoch, self.ahead_of[0]):
+            order = await self.event_log.order(self.generation_id)
             self.cursor = just_before((order.fresh, 0)) if order and order.fresh else NEVER
-            self._ahead_of = None
+            self.ahead_of = None
 
     async def _wait(self, timeout_seconds: float) -> None:
-        if self._feed is None:  # an ended log of which Redis gives nothing at the moment
+        if self.feed is None:  # an ended log of which Redis gives nothing at the moment
             return
-        self._waiter = waiter = self._feed.waiter()
-        timer = asyncio.get_running_loop().call_later(timeout_seconds, _finish, waiter)
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(timeout_seconds, _finish, self._waiter)
         try:
-            await waiter
+            await self._waiter
         finally:
             timer.cancel()
-            self._feed.forget(waiter)
             self._waiter = None
 
 
@@ -255,42 +295,50 @@ class Tail:
     """All feeds of this process over one subscription connection. `run` owns its tasks until cancelled."""
 
     def __init__(self, subscriber: Servers, event_log: EventLog, disconnect_grace_seconds: float) -> None:
+        self.event_log = event_log
         self._subscriber = subscriber
-        self._event_log = event_log
         self._grace_seconds = disconnect_grace_seconds
-        self._feeds: dict[str, Feed] = {}
+        self._feeds: dict[bytes, Feed] = {}  # by the id as it stands in the channel's name
         self._attended: Counter[str] = Counter()
+        self._strays: set[str] = set()  # subscribed, and nobody reads them
         self._connection: AbstractConnection | None = None
         self._heard_at = 0.0
         self._prefix = len(event_log.keys.push(""))
 
-    @asynccontextmanager
-    async def follow(self, order: Order) -> AsyncIterator[Feed]:
-        """The feed of a log, primed, for as long as somebody reads it. Raises redis' errors while Redis is away."""
-        feed = self._feeds.get(order.id)
+    async def follow(self, reader: Reader, order: Order) -> None:
+        """Give a reader the feed of its log, subscribed; what it finds in the log from here on, it can `prime` it with.
+
+        Raises redis' errors while Redis is away. Whatever is raised, the reader is to be closed."""
+        feed = self._feeds.get(order.id.encode())
         is_new = feed is None
         if feed is None:
-            feed = self._feeds[order.id] = Feed(order.id, self._event_log)
-        feed.readers += 1
-        attended = order.on_disconnect == "cancel"
-        self._attended[order.id] += attended
-        try:
-            if is_new:
-                await self._subscribe("SUBSCRIBE", [order.id])
-            if attended:
-                await self._attend_now([order.id])
-            async with asyncio.timeout(10):
-                await feed.prime()
-            yield feed
-        finally:
-            self._attended[order.id] -= attended
-            if not self._attended[order.id]:
-                del self._attended[order.id]
-            feed.readers -= 1
-            if feed.readers == 0:
-                del self._feeds[order.id]
-                feed.close()
-                await asyncio.shield(self._unsubscribe(order.id))
+            feed = self._feeds[order.id.encode()] = Feed(order.id, self.event_log)
+        reader.feed = feed
+        feed.readers.add(reader)
+        if is_new:
+            await self._subscribe("SUBSCRIBE", [order.id])
+        if order.on_disconnect == "cancel":
+            reader.is_attending = True
+            self._attended[order.id] += 1
+            await self._attend_now([order.id])
+        if not feed.acknowledged.done():
+            await asyncio.wait([feed.acknowledged], timeout=SUBSCRIBE_SECONDS)
+            if not feed.acknowledged.done():
+                raise TimeoutError("Redis does not take the subscription")
+
+    async def leave(self, reader: Reader) -> None:
+        """A reader has gone; harmless a second time."""
+        feed, reader.feed = reader.feed, None
+        if feed is None:
+            return
+        feed.readers.discard(reader)
+        self._attended[feed.generation_id] -= reader.is_attending
+        if self._attended[feed.generation_id] <= 0:
+            del self._attended[feed.generation_id]
+        if not feed.readers:
+            del self._feeds[feed.generation_id.encode()]
+            feed.close()
+            await asyncio.shield(self._unsubscribe(feed.generation_id))
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -305,12 +353,12 @@ class Tail:
         if connection is None or not generation_ids:
             return
         try:
-            await connection.send_command(command, *map(self._event_log.keys.push, generation_ids), check_health=False)
+            await connection.send_command(command, *map(self.event_log.keys.push, generation_ids), check_health=False)
         except TROUBLE:
             await connection.disconnect(nowait=True)
 
     async def _unsubscribe(self, generation_id: str) -> None:
-        if generation_id not in self._feeds:  # somebody may have come as the last reader left
+        if generation_id.encode() not in self._feeds:  # somebody may have come as the last reader left
             await self._subscribe("UNSUBSCRIBE", [generation_id])
 
     async def _listen_forever(self) -> None:
@@ -334,43 +382,46 @@ class Tail:
 
     async def _listen(self, connection: AbstractConnection) -> None:
         self._connection, self._heard_at = connection, time.monotonic()
-        ids = list(self._feeds)
+        ids = [feed.generation_id for feed in self._feeds.values()]
         for start in range(0, len(ids), 500):
             await self._subscribe("SUBSCRIBE", ids[start : start + 500])
-        while True:
-            replies = await read_replies(connection)
-            self._heard_at = time.monotonic()
-            for reply in replies:
-                await self._take(reply)
+        await Replies(connection, self._take).ended
 
-    async def _take(self, reply: Any) -> None:
-        if isinstance(reply, Exception):
-            raise reply
-        kind, channel, *payload = reply
-        if kind == b"message":
-            self._dispatch(channel[self._prefix :].decode(), *payload)
-        elif kind == b"subscribe":
-            await self._acknowledge(channel[self._prefix :].decode())
+    def _take(self, replies: list[Any]) -> None:
+        """All that one read brought: the events of one log that came together go out together."""
+        self._heard_at = time.monotonic()
+        news: dict[Feed, list[Entry]] = {}
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+            if reply[0] == b"message":
+                self._dispatch(reply[1], reply[2], news)
+            elif reply[0] == b"subscribe":
+                self._acknowledge(reply[1][self._prefix :])
+        for feed, entries in news.items():
+            feed.tell(entries)
 
-    def _dispatch(self, generation_id: str, payload: bytes) -> None:
+    def _dispatch(self, channel: bytes, payload: bytes, news: dict[Feed, list[Entry]]) -> None:
+        generation_id = channel[self._prefix :]
         feed = self._feeds.get(generation_id)
         if feed is None:
             return
         head, _, lines = payload.partition(b"\n")
         said_id, _, previous = head.partition(b" ")
-        if said_id.decode() != generation_id:
-            log.error("tail.foreign_push", generation_id=generation_id)
+        if said_id != generation_id:
+            log.error("tail.foreign_push", generation_id=feed.generation_id)
             return
-        entries = [Entry(*line.split(b" ", 1)) for line in lines.split(b"\n")]
-        epoch, _, seq = previous.partition(b"-")
-        feed.push((int(epoch), int(seq)), entries)
+        new = feed.push(previous, [Entry(*line.split(b" ", 1)) for line in lines.split(b"\n")])
+        if feed in news:
+            news[feed] += new
+        elif new:
+            news[feed] = new
 
-    async def _acknowledge(self, generation_id: str) -> None:
+    def _acknowledge(self, generation_id: bytes) -> None:
         feed = self._feeds.get(generation_id)
         if feed is None:  # it was subscribed again as its last reader left
-            await self._unsubscribe(generation_id)
-            return
-        if feed.acknowledged.done():  # subscribed again after a cut: read what was missed
+            self._strays.add(generation_id.decode())
+        elif feed.acknowledged.done():  # subscribed again after a cut: read what was missed
             feed.fill((2**62, 0))
         else:
             feed.acknowledged.set_result(None)
@@ -382,6 +433,8 @@ class Tail:
             connection, silent = self._connection, time.monotonic() - self._heard_at
             if connection is None:
                 continue
+            while self._strays:
+                await self._unsubscribe(self._strays.pop())
             try:
                 if silent > DEAD_AFTER_SECONDS:
                     await connection.disconnect(nowait=True)
@@ -395,7 +448,7 @@ class Tail:
             await asyncio.sleep(LOOK_SECONDS / 2)
             horizon = time.monotonic() - LOOK_SECONDS
             silent = [feed for feed in self._feeds.values() if feed.heard_at < horizon and feed.last is not None]
-            for lane in self._event_log.servers.lanes:  # a node of a Cluster that is away keeps nobody from the others
+            for lane in self.event_log.servers.lanes:  # a node of a Cluster that is away keeps nobody from the others
                 with suppress(*TROUBLE):
                     await self._look_at([feed for feed in silent if feed.generation_id[-1] in lane])
 
@@ -403,7 +456,7 @@ class Tail:
         tails = [
             tail
             for start in range(0, len(feeds), 200)
-            for tail in await self._event_log.tails([feed.generation_id for feed in feeds[start : start + 200]])
+            for tail in await self.event_log.tails([feed.generation_id for feed in feeds[start : start + 200]])
         ]
         for feed, tail in zip(feeds, tails, strict=True):
             if tail is None:
@@ -423,7 +476,7 @@ class Tail:
 
     async def _attend_now(self, generation_ids: list[str]) -> bool:
         try:
-            await self._event_log.attend(generation_ids)
+            await self.event_log.attend(generation_ids)
             return True
         except TROUBLE as error:
             log.warning("attend.delayed", error=type(error).__name__)

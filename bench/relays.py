@@ -19,6 +19,7 @@ LOADS = ((100, 100), (1000, 30))  # streams, and events a second on each
 GROWTH = ((10, 500), (100, 50), (500, 10), (2000, 2.5))  # streams at 5,000 events/s
 RATES = ((100, 10), (100, 50), (100, 100), (100, 200), (100, 300))  # 1,000 to 30,000 events/s
 REPLAYED = 5000
+FLIGHT = 100  # connections that are opened at once where memory is asked for: what a request needs for a moment stays
 TOO_SLOW = {"durable": 100 * 100}  # events/s beyond which a system is not asked for more
 
 
@@ -193,7 +194,7 @@ async def _memory_of(figures: Figures, home: House, system: Relay, sizes: Sequen
 
 
 def _holding(home: House, system: Relay, streams: Sequence[Stream]) -> Program:
-    options = ("--hold", "--seconds", "600")
+    options = ("--hold", "--seconds", "600", "--flight", str(FLIGHT))
     return loading(home.programs["load"], home.folder, targets(system, streams, 1), *options)
 
 

@@ -33,12 +33,12 @@ from shared.events import (
     encode,
     is_terminal,
     outcome,
-    parse_id,
 )
 from shared.prompt import Prompt
 from shared.redis import ALIVE_MS, AWAY, Client, Keys
 
 OnDisconnect: TypeAlias = Literal["continue", "cancel"]
+Run: TypeAlias = Callable[[Client, AsyncScript, list[str], list[Any]], Awaitable[Any]]
 MAX_RELEASES = 10
 ORDER_FIELDS = ["tenant", "model", "status", "created", "policy", "epoch", "fresh", "hints", "deleted", "metadata"]
 ASK_AGAIN = 3  # times in all, where a Cluster says that it moved
@@ -72,6 +72,13 @@ class Order:
     @property
     def ended(self) -> bool:
         return self.status not in ("queued", "in_progress")
+
+
+class Created(NamedTuple):
+    """The order a create stands for. `is_new`: this call wrote it; else the same request had before."""
+
+    order: Order
+    is_new: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,14 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
+class Look(NamedTuple):
+    """An order, the last entry of its log, and the entries of the log from a cursor on, itself among them."""
+
+    order: Order | None
+    tail: Entry | None
+    page: list[Entry]
+
+
 class EventLog:
     """The logs and orders of one deployment. All methods raise redis' own errors when Redis is away."""
 
@@ -125,7 +140,7 @@ class EventLog:
         self.servers: Servers = OneServer(redis) if isinstance(redis, Client) else redis
         self.keys = Keys(settings.key_prefix)
         self._settings = settings
-        sources = {name: lua.source(name).encode() for name in lua.SCRIPTS if name != "enqueue"}
+        sources = {name: lua.source(name).encode() for name in lua.LOG_SCRIPTS}
         self._scripts = {name: AsyncScript(cast(Client, None), source) for name, source in sources.items()}
         self._lease_ms = _ms(settings.lease_seconds)
         self._log_ms = settings.log_retention_seconds * 1000
@@ -145,12 +160,12 @@ class EventLog:
         prompt: Prompt,
         on_disconnect: OnDisconnect = "continue",
         options: dict[str, Any] | None = None,
-    ) -> bool:
-        """Write the order and entry `0-1`. True if this call wrote it, False if the same request had before.
+    ) -> Created:
+        """Write the order and entry `0-1`, or find the order of the same request.
         `options` is kept for the dialect that asked; it is no part of what makes two requests the same.
 
         Raises Conflict when the id stands for another request (an Idempotency-Key used twice) or was deleted;
-        Unavailable when Redis has no room left."""
+        Unavailable when Redis has no room left, too few replicas, or has lost it since."""
         fields = {
             "tenant": tenant,
             "model": prompt.model,
@@ -169,9 +184,10 @@ class EventLog:
         reply, has_replicas = await self._create(generation_id, args)
         if reply[0] == b"CREATED":
             if not has_replicas:
-                await self._run("retract", generation_id, [generation_id])
+                await self.retract(generation_id)
                 raise Unavailable("too few replicas of Redis are up to keep this safe; try again", code="not_durable")
-            return True
+            order = _new_order(generation_id, tenant, prompt, int(reply[1]), on_disconnect)
+            return Created(order, is_new=True)
         if reply[2]:
             raise Conflict(
                 "this Idempotency-Key belongs to a generation that was deleted; use a new key", code="deleted"
@@ -181,7 +197,15 @@ class EventLog:
                 "this Idempotency-Key was used with another request body; use a new key for a new request",
                 code="idempotency_conflict",
             )
-        return False
+        found = await self.order(generation_id)
+        if found is None:
+            raise Unavailable("the generation was written and is gone; Redis was flushed", code="store_lost")
+        return Created(found, is_new=False)
+
+    async def retract(self, generation_id: str) -> bool:
+        """Take back an order that nobody knows of yet; False where a worker has claimed it meanwhile."""
+        reply: bytes = await self._run("retract", generation_id, [generation_id])
+        return reply == b"RETRACTED"
 
     async def _create(self, generation_id: str, args: list[Any]) -> tuple[Any, bool]:
         """What `create` answers, and whether enough replicas have what it wrote."""
@@ -208,7 +232,7 @@ class EventLog:
                 return await pipe.execute()
 
         _, reply, replicas = await self._ask(generation_id, write_and_wait)
-        last = _entries(reply)
+        last: list[Entry] = reply
         return bool(last) and is_terminal(last[0].data) and replicas >= self._settings.wait_replicas
 
     async def close(self, generation_id: str, event: Terminal, *, held_at: int | None = None) -> Status:
@@ -237,6 +261,9 @@ class EventLog:
             await self._scripts["attend"]([self.keys.order(generation_id)], [self._abandon_ms], client=pipe)
 
         ids = list(generation_ids)
+        if len(ids) == 1:  # a reader that has come: before a pipeline redis-py asks whether its scripts are known
+            await self._run("attend", ids[0], [self._abandon_ms], [self.keys.order(ids[0])])
+            return
         for start in range(0, len(ids), PAGE):
             await self._ask_each(ids[start : start + PAGE], ask)
 
@@ -266,15 +293,17 @@ class EventLog:
             continued=mode == b"continued",
         )
 
-    async def append(self, appends: Sequence[Append]) -> list[Answer]:
+    async def append(self, appends: Sequence[Append], run: Run | None = None) -> list[Answer]:
         """Append to many generations of one lane in one step, in the order given. Sending the same events again is
-        harmless."""
+        harmless. `run`: how the script is run, for who has a connection of its own."""
         keys = [key for one in appends for key in self._keys_of(one.generation_id)]
         args: list[Any] = [self._lease_ms, ALIVE_MS, self._log_ms, self._order_ms]
         for one in appends:
             args += [one.generation_id, self.keys.push(one.generation_id), one.epoch, one.first_seq]
             args += [one.final or "", len(one.events), *one.events]
-        replies = await self._run("append", appends[0].generation_id, args, keys)
+        script = self._scripts["append"]
+        run = run or (lambda client, script, keys, args: script(keys, args, client))
+        replies = await self._ask(appends[0].generation_id, lambda client: run(client, script, keys, args))
         for one, reply in zip(appends, replies, strict=True):
             if one.final and reply[0] == b"OK":
                 metrics.GENERATIONS_ENDED.labels(one.final).inc()
@@ -345,18 +374,32 @@ class EventLog:
     async def read(self, generation_id: str, after: str = "-", count: int = PAGE) -> list[Entry]:
         """At most `count` entries that follow the id `after` (`-`: from the beginning)."""
         log, start = self.keys.log(generation_id), "-" if after == "-" else f"({after}"
-        return _entries(await self._ask(generation_id, lambda client: client.xrange(log, start, "+", count)))
+        return cast("list[Entry]", await self._ask(generation_id, lambda client: client.xrange(log, start, "+", count)))
 
     async def entry(self, generation_id: str, entry_id: str) -> Entry | None:
         log = self.keys.log(generation_id)
-        found = _entries(await self._ask(generation_id, lambda client: client.xrange(log, entry_id, entry_id, 1)))
+        found: list[Entry] = await self._ask(generation_id, lambda client: client.xrange(log, entry_id, entry_id, 1))
         return found[0] if found else None
 
     async def tail(self, generation_id: str) -> Entry | None:
         """The last entry of a log, or None where there is no log."""
         log = self.keys.log(generation_id)
-        found = _entries(await self._ask(generation_id, lambda client: client.xrevrange(log, "+", "-", 1)))
+        found: list[Entry] = await self._ask(generation_id, lambda client: client.xrevrange(log, "+", "-", 1))
         return found[0] if found else None
+
+    async def look(self, generation_id: str, cursor: str = "-", count: int = PAGE) -> Look:
+        """What a reader finds that comes with the id `cursor` (`-`: with nothing), in one round trip."""
+        order_key, log = self.keys.order(generation_id), self.keys.log(generation_id)
+
+        async def ask(client: Client) -> Any:
+            async with client.pipeline(transaction=False) as pipe:
+                pipe.hmget(order_key, ORDER_FIELDS)
+                pipe.xrevrange(log, "+", "-", 1)
+                pipe.xrange(log, cursor, "+", count)
+                return await pipe.execute()
+
+        fields, last, page = await self._ask(generation_id, ask)
+        return Look(_order(generation_id, fields), last[0] if last else None, page)
 
     async def tails(self, generation_ids: Sequence[str]) -> list[Position | None]:
         """Where each of these logs ends, in one round trip; None where there is no log."""
@@ -365,7 +408,7 @@ class EventLog:
             pipe.xrevrange(self.keys.log(generation_id), "+", "-", 1)
 
         replies = await self._ask_each(generation_ids, ask)
-        return [parse_id(reply[0][0]) if reply else None for reply in replies]
+        return [reply[0].position if reply else None for reply in replies]
 
     def _keys_of(self, generation_id: str) -> list[str]:
         keys = self.keys
@@ -459,8 +502,21 @@ def _hint(generation_id: str, reply: list[Any]) -> Hint | None:
     return Hint(generation_id, int(reply[1]), int(reply[2])) if reply[0] == b"HINT" else None
 
 
-def _entries(reply: Any) -> list[Entry]:
-    return [Entry(entry_id, fields[b"data"]) for entry_id, fields in reply]
+def _new_order(generation_id: str, tenant: str, prompt: Prompt, created_at: int, on_disconnect: OnDisconnect) -> Order:
+    """An order as `create` has just written it."""
+    return Order(
+        generation_id,
+        tenant,
+        prompt.model,
+        "queued",
+        created_at,
+        on_disconnect,
+        epoch=0,
+        fresh=None,
+        hints=1,
+        deleted=False,
+        metadata=prompt.metadata or {},
+    )
 
 
 def _order(generation_id: str, reply: Sequence[bytes | None]) -> Order | None:

@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 
 def parse_id(entry_id: bytes | str) -> Position:
-    epoch, _, seq = (entry_id.decode() if isinstance(entry_id, bytes) else entry_id).partition("-")
+    epoch, _, seq = entry_id.partition(b"-") if isinstance(entry_id, bytes) else entry_id.partition("-")
     return int(epoch), int(seq)
 
 
@@ -188,6 +188,7 @@ BY_TYPE: dict[str, type[Event]] = {cls.type: cls for cls in EVENTS}
 _USAGE = tuple(f.name for f in fields(Usage))
 _FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in EVENTS}
 _TYPE_STARTS = len(b'{"type":"')
+_OF_THE_GENERATION = b'{"type":"generation.'  # what every terminal event's JSON begins with, and no token's
 
 
 def encode(event: Event) -> bytes:
@@ -221,7 +222,7 @@ def type_of(data: bytes) -> bytes:
 
 
 def is_terminal(data: bytes) -> bool:
-    return type_of(data).decode() in TERMINAL
+    return data.startswith(_OF_THE_GENERATION) and type_of(data).decode() in TERMINAL
 
 
 def outcome(event: Terminal) -> Status:

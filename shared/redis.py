@@ -148,17 +148,34 @@ def connect(
 
 
 def over_uvloop(kind: type[AbstractConnection]) -> type[AbstractConnection]:
-    """The same kind of connection, for which a peer that has just broken it off is a ConnectionError.
+    """The same kind of connection, for which a peer that has just broken it off is a ConnectionError; a command takes
+    it a quarter less time.
 
     uvloop says RuntimeError where asyncio's own loop says nothing and lets the next read fail. redis-py does not know
     it, so it would be taken for a mistake of ours and end the process."""
 
     class Connection(kind):  # type: ignore[valid-type, misc]
-        async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        async def can_read_destructive(self) -> bool:
+            """Is there something on a connection that was idle? What has come is in its buffers already: redis-py reads
+            for no time at all, which takes two turns of the event loop."""
+            if self._reader is None or self._reader.at_eof() or self._reader.exception():
+                raise ConnectionError("the connection was closed while it was idle")
+            return bool(self._reader._buffer) or self._parser._reader.has_data()
+
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
             try:
-                await super().send_packed_command(*args, **kwargs)
+                if not self._write_at_once(command):
+                    await super().send_packed_command(command, check_health)
             except RuntimeError as error:
                 raise ConnectionError("the connection was closed as it was written to") from error
+
+        def _write_at_once(self, command: Any) -> bool:
+            """A short command, where nothing is unsent, waits for nothing: redis-py makes a task of it, and a timer."""
+            transport = self._writer.transport if self._writer else None
+            if len(command) > 1 or transport is None or transport.is_closing() or transport.get_write_buffer_size():
+                return False
+            transport.writelines(command)
+            return True
 
         async def read_response(self, *args: Any, **kwargs: Any) -> Any:
             try:
@@ -169,17 +186,44 @@ def over_uvloop(kind: type[AbstractConnection]) -> type[AbstractConnection]:
     return Connection
 
 
-async def read_replies(connection: AbstractConnection) -> list[Any]:
-    """All whole replies that one read of the socket brought, undecoded, errors among them. Raises redis' errors.
+class Replies(asyncio.Protocol):
+    """What a connection of redis-py's hears from now on, all whole replies of one read at once: for a subscription.
 
-    For a subscription: redis-py gives one reply for each await, at several times the cost of parsing it, and a busy
-    one has hundreds at hand."""
-    parser: Any = connection._parser
-    await parser.read_from_socket()
-    replies: list[Any] = []
-    while (reply := parser._reader.gets(False)) is not NOT_ENOUGH_DATA:
-        replies.append(reply)
-    return replies
+    redis-py gives one reply for each await, of a task that each wakes: several times the cost of parsing it, and a busy
+    subscription has hundreds at hand. `ended` is done when the connection is, or raises what `take` raised."""
+
+    def __init__(self, connection: AbstractConnection, take: Callable[[list[Any]], None]) -> None:
+        redis: Any = connection
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._take = take
+        self._parser = redis._parser._reader
+        self._before = redis._writer.transport.get_protocol()  # redis-py waits on it when it writes
+        redis._writer.transport.set_protocol(self)
+        self.data_received(bytes(redis._reader._buffer))
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed(data)
+        replies: list[Any] = []
+        while (reply := self._parser.gets(False)) is not NOT_ENOUGH_DATA:
+            replies.append(reply)
+        try:
+            self._take(replies)
+        except Exception as error:
+            self._end(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._before.connection_lost(error)
+        self._end(ConnectionError("the subscription's connection is closed"))
+
+    def pause_writing(self) -> None:
+        self._before.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._before.resume_writing()
+
+    def _end(self, error: Exception) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
 
 
 class Primary:

@@ -65,15 +65,7 @@ class Generator:
             log.debug("hint.stale", generation_id=hint.generation_id, epoch=hint.epoch)
             return
         said = past.said if past and claim.continued else None
-        mode = "continued" if said else "fresh"
-        metrics.ATTEMPTS_STARTED.labels(mode).inc()
-        log.info(
-            "generation.started",
-            generation_id=claim.generation_id,
-            attempt=claim.attempt,
-            model=claim.model,
-            mode=mode,
-        )
+        metrics.ATTEMPTS_STARTED.labels("continued" if said else "fresh").inc()
         with self._writer.open(claim, sent_at) as attempt:
             attempt.upstream_id = said.accepted_id if said else None
             try:
@@ -112,8 +104,7 @@ class Generator:
             self._event_log.claim(hint, secrets.token_hex(16), owner=self._owner, continues=tail)
         )
         try:
-            claim, _ = await asyncio.gather(asyncio.shield(claiming), self._take(hint))
-            return claim
+            return await asyncio.shield(claiming)
         except TROUBLE as error:  # the queued lease, or the claimed one, will end by itself
             log.warning("claim.redis_away", generation_id=hint.generation_id, error=type(error).__name__)
             return None
@@ -123,17 +114,19 @@ class Generator:
                 await self._release(claim.generation_id, claim.epoch)
             raise
 
-    async def _take(self, hint: Hint) -> None:
-        try:
-            await self._jobs.taken(hint)
-        except TROUBLE:
-            log.debug("hint.not_taken", generation_id=hint.generation_id)  # ARQ takes it off at the job's end
-
     async def _run(self, claim: Claim, attempt: Attempt, said: Said | None) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 driving = group.create_task(self._drive(claim, attempt, said))
                 attempt.on_lost = driving.cancel
+                await asyncio.sleep(0)  # the upstream is asked before that is told
+                log.info(
+                    "generation.started",
+                    generation_id=claim.generation_id,
+                    attempt=claim.attempt,
+                    model=claim.model,
+                    mode="continued" if said else "fresh",
+                )
         except* Lost:
             pass
         if attempt.lost == "UNREACHABLE":

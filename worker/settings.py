@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from typing import Any
 
 import arq.worker
@@ -101,6 +102,12 @@ async def on_startup(ctx: dict[Any, Any]) -> None:
     log.info("worker.ready", pid=os.getpid())
 
 
+async def on_job_start(ctx: dict[Any, Any]) -> None:
+    """Only for ARQ's own worker: ours has taken the hint off the queue as it started the job."""
+    with suppress(*TROUBLE):  # ARQ takes it off at the job's end
+        await ctx["runtime"].jobs.taken(ctx["job_id"])
+
+
 async def on_shutdown(ctx: dict[Any, Any]) -> None:
     await ctx["runtime"].stop()
     log.info("worker.stopped", pid=os.getpid())
@@ -124,6 +131,7 @@ def worker_settings(settings: Settings) -> dict[str, Any]:
         "job_deserializer": deserialize,
         "on_startup": on_startup,
         "on_shutdown": on_shutdown,
+        "on_job_start": on_job_start,
         "ctx": {"settings": settings},
         "max_jobs": settings.worker_concurrency,
         "queue_read_limit": JOBS_PER_POLL,
@@ -149,14 +157,16 @@ class Worker(arq.worker.Worker):
     """ARQ's Worker that listens for the doorbell, survives a Redis restart and drains before it stops."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(**worker_settings(settings))
+        super().__init__(**{**worker_settings(settings), "on_job_start": None})
         self._bell: Client = connect(queue_url(settings), connections=1, timeout_seconds=settings.poll_seconds + 2)
         self._keys = Keys(settings.key_prefix)
+        self._jobs = Jobs(self.pool, self._keys)
         self._drain_seconds = settings.drain_seconds
         self._slot_freed = asyncio.Event()
         self._drained: asyncio.Task[None] | None = None
         self._polling = asyncio.Lock()
         self._page = self._page_started = 0  # of the newest poll: hints read, jobs started
+        self._waiting = 0  # hints still on the queue when jobs were last started
 
     async def main(self) -> None:
         self.ctx["redis"] = self.pool
@@ -167,31 +177,33 @@ class Worker(arq.worker.Worker):
                     self._page, self._page_started = 0, 0
                     await self._poll_iteration()
                 if self._page == JOBS_PER_POLL and not self._page_started and not self._is_full:
-                    self._queue_read_offset += self._page  # all locked by a worker that died: look behind them
+                    self._queue_read_offset += self._page  # all locked by another worker: look behind them
                     continue
                 self._queue_read_offset = 0
                 if not self._page_started or self._is_full:
-                    await self._next_ring()
+                    await self._answer_rings()
             except TROUBLE as error:
                 log.warning("queue.redis_away", error=type(error).__name__)
                 await asyncio.sleep(self.poll_delay_s)
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
-        """ARQ takes four round trips for each job, one job after the other; side by side a burst starts at once."""
+        """ARQ takes four round trips for each job, one after the other; here one takes all of them off the queue."""
         self._page = len(job_ids)
-        await asyncio.gather(*map(self._start_job, job_ids))
+        free = self.max_jobs - self.job_counter
+        names = [job_id.decode(errors="replace") for job_id in job_ids[:free]]
+        if not names:
+            return
+        scores, self._waiting = await self._jobs.take(names, self.in_progress_timeout_s)
+        for name, score in zip(names, scores, strict=True):
+            if score is not None:
+                await self._start_job(name, score)
 
-    async def _start_job(self, job_id: bytes) -> None:
-        name = job_id.decode()
-        had = self.tasks.get(name)
-        try:
-            await super().start_jobs([job_id])
-        except TROUBLE as error:  # ARQ had taken a slot for it
-            log.warning("job.not_started", error=type(error).__name__)
-            if self.tasks.get(name) is had:
-                self.job_counter -= 1
-                self.sem.release()
-        self._page_started += self.tasks.get(name) is not had
+    async def _start_job(self, name: str, score: int) -> None:
+        await self.sem.acquire()  # ARQ's own count of slots, which is given back with ours
+        self.job_counter += 1
+        self._page_started += 1
+        self.tasks[name] = task = self.loop.create_task(self.run_job(name, score))
+        task.add_done_callback(lambda _: self._release_sem_dec_counter_on_complete())
 
     async def run_job(self, job_id: str, score: int) -> None:
         try:
@@ -221,17 +233,26 @@ class Worker(arq.worker.Worker):
     def _is_full(self) -> bool:
         return self.job_counter >= self.max_jobs
 
-    async def _next_ring(self) -> None:
-        """Until there may be work: the bell, or (full, or stopping) a slot that frees, or the poll's time."""
-        if self._is_full or not self.allow_pick_jobs:
-            self._slot_freed.clear()
-            try:
-                async with asyncio.timeout(self.poll_delay_s):
-                    await self._slot_freed.wait()
-            except TimeoutError:
-                pass
-        else:
-            await self._bell.execute_command("BLPOP", self._keys.doorbell, self.poll_delay_s)  # type: ignore[no-untyped-call]
+    async def _answer_rings(self) -> None:
+        """Start what the bell is rung for, until it is time to poll: nobody rang, more waits, or all slots are full."""
+        poll_at = self.loop.time() + self.poll_delay_s
+        while (job_id := await self._next_ring()) and self.loop.time() < poll_at:
+            async with self._polling:
+                if self.allow_pick_jobs:
+                    await self.start_jobs([job_id])
+            if self._waiting or self._is_full:
+                return
+
+    async def _next_ring(self) -> bytes | None:
+        """The hint that the bell is rung for. None after the poll's time, or (full, or stopping) when a slot frees."""
+        if not self._is_full and self.allow_pick_jobs:
+            ring = await self._bell.execute_command("BLPOP", self._keys.doorbell, self.poll_delay_s)  # type: ignore[no-untyped-call]
+            return ring[1] if ring else None
+        self._slot_freed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.poll_delay_s):
+                await self._slot_freed.wait()
+        return None
 
     def _release_sem_dec_counter_on_complete(self) -> None:
         super()._release_sem_dec_counter_on_complete()

@@ -8,13 +8,13 @@ Source: https://platform.openai.com/docs/api-reference/chat, and what its client
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
 
 from api import sse
-from api.frames import Ending, Frame
+from api.frames import Ending, Frame, render
 from shared.events import (
     Cancelled,
     Completed,
@@ -89,8 +89,8 @@ class ChatCompletions:
             case _:
                 return ()
 
-    def encode(self, frame: Frame) -> bytes:
-        return sse.encode(frame)
+    def render(self, entries: Sequence[Entry]) -> tuple[bytes, Ending | None]:
+        return render(self.frames, sse.encode, entries)
 
     def ping(self) -> bytes:
         return b": ping\n"

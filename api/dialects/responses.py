@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from api import sse
-from api.frames import Ending, Frame
+from api.frames import Ending, Frame, render
 from shared.events import (
     Cancelled,
     Completed,
@@ -169,14 +169,14 @@ class Responses:
             if number > self._after:
                 yield _frame({**said, "sequence_number": number})
 
-    def encode(self, frame: Frame) -> bytes:
-        return sse.encode(frame)
+    def render(self, entries: Sequence[Entry]) -> tuple[bytes, Ending | None]:
+        return render(self.frames, sse.encode, entries)
 
     def ping(self) -> bytes:
         return PING
 
     def ending(self, ending: Ending, retry_ms: int) -> bytes | None:
-        return self.encode(self.last_words(ending)) if ending in LAST_WORDS else None
+        return sse.encode(self.last_words(ending)) if ending in LAST_WORDS else None
 
     def last_words(self, ending: Ending) -> Frame:
         """What there is to say when the server goes, or the log has gone."""
@@ -268,7 +268,8 @@ class Item:
         """Say that the words so far, or those that begin here, rest on a source."""
         part = self.parts[-1]
         at, number = sum(map(len, part.pieces)), len(part.annotations)
-        part.annotations.append({**source, "start_index": at, "end_index": at})
+        place = {"index": at} if source["type"] == "file_citation" else {"start_index": at, "end_index": at}
+        part.annotations.append({**source, **place})
         name = "response.output_text.annotation.added"
         return self._about(part, name, annotation_index=number, annotation=part.annotations[-1])
 
@@ -336,8 +337,10 @@ class Answer:
                 yield from self._say("message", "refusal", text)
             case ToolCallDelta():
                 yield from self._call(event)
-            case SourceAdded(url=url) if url:  # one without an address has no place in this protocol
+            case SourceAdded(url=url) if url:
                 yield from self._cite({"type": "url_citation", "url": url, "title": event.title})
+            case SourceAdded():
+                yield from self._cite({"type": "file_citation", "file_id": event.id, "filename": event.title})
             case Completed() | Failed() | Cancelled():
                 yield from self._finish(event)
 

@@ -4,9 +4,9 @@ beginning, and a stream that is not complete is broken off, never ended cleanly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from api.frames import Ending, Frame
+from api.frames import Ending, Frame, render
 from shared.events import Cancelled, Completed, Entry, Failed, Started, TextDelta, decode
 
 
@@ -30,8 +30,8 @@ class Text:
             case _:
                 return ()
 
-    def encode(self, frame: Frame) -> bytes:
-        return frame.data
+    def render(self, entries: Sequence[Entry]) -> tuple[bytes, Ending | None]:
+        return render(self.frames, lambda frame: frame.data, entries)
 
     def ping(self) -> bytes:
         return b""

@@ -8,14 +8,14 @@ Source: https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import orjson
 
 from api import sse
-from api.frames import Ending, Frame
+from api.frames import Ending, Frame, render
 from shared.events import (
     Cancelled,
     Completed,
@@ -96,8 +96,8 @@ class UiMessages:
             case _:
                 pass
 
-    def encode(self, frame: Frame) -> bytes:
-        return sse.encode(frame)
+    def render(self, entries: Sequence[Entry]) -> tuple[bytes, Ending | None]:
+        return render(self.frames, sse.encode, entries)
 
     def ping(self) -> bytes:
         return sse.PING

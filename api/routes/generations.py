@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -117,23 +116,20 @@ async def events(
     if len(parts.drain.relays) >= parts.settings.max_streams:
         return _come_back(jittered(OVERLOADED_RETRY_MS))
     greeting = sse.retry(retry_ms)
-    async with AsyncExitStack() as stack:
-        try:
-            order = await own_order(parts, tenant, generation_id)
-            if snapshot and cursor is None:
-                state = await fold(parts, order)
-                greeting += sse.encode(_snapshot_frame(order, state))
-                cursor = sse.cursor(state.last_event_id, None)
-            resumed = cursor_of_client is not None
-            opening = await open_reader(stack, parts.tail, parts.event_log, order, cursor, resumed=resumed)
-        except AtEnd:
-            if cursor_of_client is None:  # it asked for the snapshot, and that is all there is
-                return Response(greeting, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
-            return Response(status_code=204)
-        except TROUBLE:  # an EventSource takes any other status than 200 for final
-            return _come_back(retry_ms)
-        return relay(parts, Native(), opening, stack.pop_all(), greeting=greeting)
-    raise AssertionError("an exit stack of a relay swallows nothing")
+    try:
+        order = await own_order(parts, tenant, generation_id)
+        if snapshot and cursor is None:
+            state = await fold(parts, order)
+            greeting += sse.encode(_snapshot_frame(order, state))
+            cursor = sse.cursor(state.last_event_id, None)
+        opening = await open_reader(parts.tail, order, cursor, resumed=cursor_of_client is not None)
+    except AtEnd:
+        if cursor_of_client is None:  # it asked for the snapshot, and that is all there is
+            return Response(greeting, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+        return Response(status_code=204)
+    except TROUBLE:  # an EventSource takes any other status than 200 for final
+        return _come_back(retry_ms)
+    return relay(parts, Native(), opening, greeting=greeting)
 
 
 @router.get("/{generation_id}/text", response_class=Response)

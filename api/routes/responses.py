@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -433,19 +432,25 @@ def _asked(order: Order, prompt: Prompt, options: Json) -> Asked:
 async def _stream(parts: Parts, order: Order, asked: Asked, after: int = -1) -> Relay:
     """Raises Conflict when what the client has is of an attempt that was voided: there is no rest of it."""
     admit(parts)
-    async with AsyncExitStack() as stack:
-        opening = await open_reader(stack, parts.tail, parts.event_log, order, None, resumed=after >= 0)
+    opening = await open_reader(parts.tail, order, None, resumed=after >= 0)
+    try:
         first = await _first_number(parts, opening.reader)
-        if first == 0 and after >= ATTEMPT_NUMBERS:
-            raise BadRequest("starting_after: there is no event with this number yet", param="starting_after")
-        if after >= 0 and not first <= after < first + ATTEMPT_NUMBERS:
-            raise Conflict(
-                "the attempt this number belongs to was lost and its words are void: retrieve without starting_after",
-                code="attempt_superseded",
-                param="starting_after",
-            )
-        return relay(parts, Responses(asked, after=after, first=first), opening, stack.pop_all())
-    raise AssertionError("an exit stack of a relay swallows nothing")
+        _check_number(after, first)
+    except BaseException:
+        await opening.reader.aclose()
+        raise
+    return relay(parts, Responses(asked, after=after, first=first), opening)
+
+
+def _check_number(after: int, first: int) -> None:
+    if first == 0 and after >= ATTEMPT_NUMBERS:
+        raise BadRequest("starting_after: there is no event with this number yet", param="starting_after")
+    if after >= 0 and not first <= after < first + ATTEMPT_NUMBERS:
+        raise Conflict(
+            "the attempt this number belongs to was lost and its words are void: retrieve without starting_after",
+            code="attempt_superseded",
+            param="starting_after",
+        )
 
 
 async def _first_number(parts: Parts, reader: Reader) -> int:

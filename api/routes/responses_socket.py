@@ -7,7 +7,7 @@ its socket leaves all of them; a server that goes closes it. Nothing is resumed 
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, suppress
+from contextlib import aclosing, suppress
 from typing import Literal
 
 import orjson
@@ -125,9 +125,9 @@ class Socket:
             try:
                 admit(self._parts)
                 order, asked = await order_of(self._parts, self._tenant, frame)
-                async with AsyncExitStack() as stack:
-                    opening = await open_reader(stack, self._parts.tail, self._parts.event_log, order, None)
-                    await self._follow(opening.reader, Responses(asked), lane)
+                opening = await open_reader(self._parts.tail, order, None)
+                async with aclosing(opening.reader) as reader:
+                    await self._follow(reader, Responses(asked), lane)
             except RejoinError as error:
                 await self._refuse(error, lane)
             except AWAY:

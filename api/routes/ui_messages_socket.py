@@ -7,7 +7,7 @@ answer goes on. A resume is a full replay, as over HTTP.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, suppress
+from contextlib import aclosing, suppress
 from typing import Any, Literal
 
 import orjson
@@ -155,11 +155,10 @@ class Socket:
     async def _follow(self, request_id: str, order: Order, dialect: UiMessages, *, resumed: bool) -> None:
         with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):  # the client has left: so does its reader
             try:
-                async with AsyncExitStack() as stack:
-                    parts = self._parts
-                    opening = await open_reader(stack, parts.tail, parts.event_log, order, None, resumed=resumed)
+                opening = await open_reader(self._parts.tail, order, None, resumed=resumed)
+                async with aclosing(opening.reader) as reader:
                     await self._say("start", request_id)
-                    await self._chunks(request_id, opening.reader, dialect)
+                    await self._chunks(request_id, reader, dialect)
                 await self._say("end", request_id)
             except Gone:
                 await self._say("error", request_id, errorText=LOST)

@@ -6,7 +6,9 @@ a Redis during a rolling deploy. docs/protocol.md is the contract.
 
 from importlib.resources import files
 
-SCRIPTS = ("create", "claim", "append", "close", "due", "reap", "release", "attend", "erase", "retract", "enqueue")
+LOG_SCRIPTS = ("create", "claim", "append", "close", "due", "reap", "release", "attend", "erase", "retract")
+QUEUE_SCRIPTS = ("announce", "enqueue", "take")  # on the queue's server, which may be another
+SCRIPTS = LOG_SCRIPTS + QUEUE_SCRIPTS
 
 
 def source(name: str) -> str:

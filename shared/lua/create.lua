@@ -13,7 +13,7 @@ local alive_ms, queue_until = ARGV[7], now + tonumber(ARGV[6])
 redis.call('HSET', order, 'hash', hash, 'created', int(now), 'touched', int(now), 'status', 'queued', 'nonce', '',
   'epoch', '0', 'attempts', '0', 'charged', '0', 'releases', '0', 'misses', '0', 'hints', '1',
   'queue_until', int(queue_until), 'server', server_run())
-for field = 9, #ARGV, 2 do redis.call('HSET', order, ARGV[field], ARGV[field + 1]) end
+redis.call('HSET', order, unpack(ARGV, 9))
 if ARGV[8] ~= '' then redis.call('HSET', order, 'attended_until', int(now + tonumber(ARGV[8])), 'grace', ARGV[8]) end
 local event = head .. ',"created_at":' .. int(now) .. '}'
 redis.call('DEL', log)

@@ -93,3 +93,17 @@ end
 local function failure(code, message)
   return '{"type":"generation.failed","code":"' .. code .. '","message":"' .. message .. '","retryable":true'
 end
+
+-- ARQ compares a job's score with its own machine's clock: leave room for skew.
+local function score_now(skew_ms)
+  return now_ms() - tonumber(skew_ms)
+end
+
+-- A hint in ARQ's own keys, and the doorbell, which says which hint it is rung for. ARGV is that of enqueue and announce:
+-- job id, job (JSON), expires_ms, skew_ms, bell length
+local function hint(queue, bell, job_key, score)
+  redis.call('SET', job_key, ARGV[2], 'PX', ARGV[3])
+  redis.call('ZADD', queue, int(score), ARGV[1])
+  redis.call('RPUSH', bell, ARGV[1])
+  redis.call('LTRIM', bell, -tonumber(ARGV[5]), -1)
+end

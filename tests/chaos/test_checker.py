@@ -49,12 +49,8 @@ def said(dialect: str, log: Log, ending: Ending | None = None) -> bytes:
     """What an api sends of these entries in one connection, with the ending it puts there itself."""
     renderer = DIALECTS["native" if dialect == "snapshot" else dialect](ID)
     body = RETRY if dialect in ("native", "snapshot") else b""
-    for entry_id, data in log:
-        for frame in renderer.frames(Entry(entry_id.encode(), data)):
-            if isinstance(frame, Ending):
-                return body
-            body += renderer.encode(frame)
-    return body + ((ending and renderer.ending(ending, 1000)) or b"")
+    sent, stopped = renderer.render([Entry(entry_id.encode(), data) for entry_id, data in log])
+    return body + sent + ((not stopped and ending and renderer.ending(ending, 1000)) or b"")
 
 
 CURRENT = [*QUEUED, *DONE]  # what a reader is sent that comes when the second attempt is there

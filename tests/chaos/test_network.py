@@ -122,7 +122,7 @@ async def unanswered(stack: Stack, proxy: Proxy) -> Stack:
     return stack
 
 
-@pytest.mark.parametrize("script_name", ["create", "claim"])
+@pytest.mark.parametrize("script_name", ["create", "announce", "take", "claim"])
 async def test_a_lost_reply_changes_nothing(
     unanswered: Stack, upstream: Upstream, proxy: Proxy, script_name: str
 ) -> None:

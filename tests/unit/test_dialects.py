@@ -14,8 +14,10 @@ from pathlib import Path
 import orjson
 import pytest
 
+from api import sse
 from api.dialects import DIALECTS
-from api.frames import Ending, Frame
+from api.dialects.native import Native
+from api.frames import Ending, render
 from shared.events import Entry, Snapshot, Started, decode, fold, format_id, is_terminal, parse_id, type_of
 from tests.unit.test_sse import parse_event_stream
 
@@ -32,13 +34,8 @@ def golden(name: str) -> list[Entry]:
 
 def transcript(dialect_name: str, entries: list[Entry]) -> bytes:
     """What one connection is sent for these entries, its end included where it is not a clean one."""
-    dialect, sent = DIALECTS[dialect_name]("0" * 32), b""
-    for entry in entries:
-        for frame in dialect.frames(entry):
-            if isinstance(frame, Ending):
-                return sent if frame is Ending.STOP else sent + ABORTED
-            sent += dialect.encode(frame)
-    return sent
+    sent, ending = DIALECTS[dialect_name]("0" * 32).render(entries)
+    return sent if ending in (None, Ending.STOP) else sent + ABORTED
 
 
 def transcript_path(dialect_name: str, name: str) -> Path:
@@ -146,12 +143,11 @@ def test_native_pings_and_last_words_are_no_events() -> None:
     """A ping is a comment; an early end says when to come back, and moves no cursor."""
     native = DIALECTS["native"]("")
     entry = Entry(format_id((7, 7)), b'{"type":"text.delta","text":"x"}')
-    (frame,) = native.frames(entry)
-    assert isinstance(frame, Frame)
+    event, _ = native.render([entry])
     for ending in (Ending.DRAINING, Ending.GONE):
         last_words = native.ending(ending, 1234)
         assert last_words is not None
-        seen = parse_event_stream(native.encode(frame) + native.ping() + last_words)
+        seen = parse_event_stream(event + native.ping() + last_words)
         assert len(seen.events) == 1 and seen.last_event_id == "7-7" and seen.retry_milliseconds == 1234
 
 
@@ -166,3 +162,11 @@ def test_an_event_of_a_newer_version_is_passed_on_or_passed_over() -> None:
 
 if __name__ == "__main__":
     write_transcripts()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_native_renders_what_its_frames_say(name: str) -> None:
+    """Its short cut past the frames gives the same bytes as they do."""
+    entries = golden(name)
+    native = Native()
+    assert native.render(entries) == render(native.frames, sse.encode, entries)

@@ -9,6 +9,7 @@ import asyncio
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -17,7 +18,7 @@ from shared.config import Settings
 from shared.errors import Conflict, NotFound, Unavailable
 from shared.event_log import MAX_RELEASES, Answer, Append, Claim, EventLog, Hint, Order, gone, new_id
 from shared.events import Cancelled, Completed, Entry, Failed, Queued, Started, TextDelta, decode, encode, fold
-from shared.jobs import Jobs
+from shared.jobs import Jobs, Listing
 from shared.prompt import Prompt
 from shared.redis import ALIVE_MS, Client, connect
 from tests.processes import Processes, valkey
@@ -34,7 +35,8 @@ def token(text: str) -> bytes:
 
 async def create(log: EventLog, *, prompt: Prompt = PROMPT, **options: Any) -> str:
     generation_id = new_id()
-    assert await log.create(generation_id, tenant="t", provider="demo", prompt=prompt, **options)
+    created = await log.create(generation_id, tenant="t", provider="demo", prompt=prompt, **options)
+    assert created.is_new
     return generation_id
 
 
@@ -116,15 +118,30 @@ async def test_fifty_creates_at_once_write_one_order(event_log: EventLog) -> Non
     generation_id = new_id()
     asking = [event_log.create(generation_id, tenant="t", provider="demo", prompt=PROMPT) for _ in range(50)]
     answers = await asyncio.gather(*asking)
-    assert answers.count(True) == 1
+    assert [answer.is_new for answer in answers].count(True) == 1
+    assert {answer.order.created_at for answer in answers} == {answers[0].order.created_at}
     assert len(await event_log.read(generation_id)) == 1
+
+
+async def test_a_create_answers_the_order_as_it_is_stored(event_log: EventLog) -> None:
+    """Nobody has to read it again: what a new one answers is what stands there, and a repeat finds how it is doing."""
+    prompt = PROMPT.model_copy(update={"metadata": {"é": "🦜"}})
+    for on_disconnect in ("continue", "cancel"):
+        asked: Any = {"tenant": "t", "provider": "demo", "prompt": prompt, "on_disconnect": on_disconnect}
+        order, is_new = await event_log.create(new_id(), **asked)
+        assert is_new and order == await event_log.order(order.id)
+        await claim(event_log, order.id)
+        again, is_new = await event_log.create(order.id, **asked)
+        assert not is_new and again.status == "in_progress"
+        assert again == await event_log.order(order.id)
 
 
 async def test_another_request_under_the_same_id_is_a_conflict(event_log: EventLog) -> None:
     """An Idempotency-Key stands for one request, whatever became of it."""
     generation_id = await create(event_log)
     for _ in range(2):
-        assert not await event_log.create(generation_id, tenant="t", provider="demo", prompt=PROMPT)
+        again = await event_log.create(generation_id, tenant="t", provider="demo", prompt=PROMPT)
+        assert not again.is_new
         with pytest.raises(Conflict) as caught:
             await event_log.create(generation_id, tenant="t", provider="demo", prompt=OTHER)
         assert caught.value.code == "idempotency_conflict"
@@ -265,19 +282,26 @@ async def test_without_the_replicas_that_are_wanted_nothing_is_created(settings:
     assert refused.value.code == "not_durable"
     assert await log.order(generation_id) is None and await log.tail(generation_id) is None
     assert await redis.zscore(log.keys.leases(generation_id[-1]), generation_id) is None
-    assert await EventLog(redis, settings).create(generation_id, tenant="t", provider="demo", prompt=PROMPT)
+    again = await EventLog(redis, settings).create(generation_id, tenant="t", provider="demo", prompt=PROMPT)
+    assert again.is_new
 
 
 async def test_a_claimed_order_is_not_taken_back(event_log: EventLog) -> None:
     """Somebody works on it: it stays."""
     claimed = await running(event_log)
-    keys = event_log.keys
-    order, log = keys.order(claimed.generation_id), keys.log(claimed.generation_id)
-    script = event_log.servers.client.register_script(lua.source("retract"))
-    assert (
-        await script(keys=[order, log, keys.leases(claimed.generation_id[-1])], args=[claimed.generation_id]) == b"KEPT"
-    )
+    assert not await event_log.retract(claimed.generation_id)
     assert await event_log.order(claimed.generation_id) is not None
+
+
+async def test_an_order_is_taken_back_as_often_as_it_is_asked(event_log: EventLog) -> None:
+    """The reply of the first may have been lost: the second says the same, and no hint or reap brings it back."""
+    generation_id = await create(event_log)
+    for _ in range(2):
+        assert await event_log.retract(generation_id)
+        assert await event_log.order(generation_id) is None and await event_log.tail(generation_id) is None
+        assert await lease(event_log, generation_id) is None
+    assert await event_log.claim(Hint(generation_id, 0, 1), new_id()) is None
+    assert await event_log.reap(generation_id) is None
 
 
 # --- append
@@ -895,7 +919,7 @@ async def test_scripts_touch_only_the_keys_and_channels_they_are_given(
     log = EventLog(redis, settings)
     keys = log.keys
     own = [keys.order(generation_id), keys.log(generation_id)]
-    own += [keys.leases(generation_id[-1]), keys.reaper(generation_id[-1]), keys.queue, keys.doorbell]
+    own += [keys.leases(generation_id[-1]), keys.reaper(generation_id[-1]), keys.queue, keys.doorbell, keys.recent("t")]
     hints = [keys.hint(generation_id, n) for n in (1, 2)]
     own += [f"arq:{kind}:{hint}" for kind in ("job", "in-progress", "retry") for hint in ("", *hints)]
     channels = [keys.push(generation_id), keys.nudge]
@@ -912,8 +936,12 @@ async def test_scripts_touch_only_the_keys_and_channels_they_are_given(
 
 
 async def live_a_whole_life(log: EventLog, jobs: Jobs, generation_id: str) -> None:
-    await log.create(generation_id, tenant="t", provider="demo", prompt=PROMPT, on_disconnect="cancel")
-    await jobs.send(Hint(generation_id, 0, 1))
+    asked: Any = {"tenant": "t", "provider": "demo", "prompt": PROMPT, "on_disconnect": "cancel"}
+    order, _ = await log.create(generation_id, **asked)
+    assert await log.retract(generation_id)
+    order, _ = await log.create(generation_id, **asked)
+    assert await jobs.announce(order, Listing(log.keys.recent("t"), 10, 60), 10)
+    assert await jobs.take([log.keys.hint(generation_id, 1)], 1) == ([ANY], 0)
     claimed = await claim(log, generation_id)
     await append(log, claimed, 1, token("a"))
     hint = await log.release(generation_id, claimed.epoch)

@@ -217,7 +217,7 @@ class LogMachine(RuleBasedStateMachine):
             on_disconnect="cancel" if cancel else "continue",
         )
         try:
-            answer = "CREATED" if self.run(creating) else "SAME"
+            answer = "CREATED" if self.run(creating).is_new else "SAME"
         except Conflict as conflict:
             answer = conflict.code
         assert answer == expected
@@ -508,7 +508,7 @@ class LogMachine(RuleBasedStateMachine):
         status, epoch, hints, deleted, prompt = ((part or b"").decode() for part in stored)
         assert (status, int(epoch), int(hints)) == (order.status, order.epoch, order.hints)
         assert (deleted == "1", prompt == "") == (order.deleted, order.deleted), "a tombstone forgets the words"
-        entries = [Entry(entry_id, fields[b"data"]) for entry_id, fields in log]
+        entries: list[Entry] = log
         assert entries == (order.entries or [])
         if entries and self.checked.get(generation_id) != (status, epoch, entries):
             self.checked[generation_id] = status, epoch, entries

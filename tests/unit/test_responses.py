@@ -11,6 +11,7 @@ import pytest
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from api import sse
 from api.dialects.responses import (
     ATTEMPT_NUMBERS,
     Asked,
@@ -66,7 +67,7 @@ def sent(entries: Sequence[Entry], **options: Any) -> list[bytes]:
             if not isinstance(frame, Frame):
                 assert frame is Ending.STOP
                 return frames
-            frames.append(dialect.encode(frame))
+            frames.append(sse.encode(frame))
     return frames
 
 
@@ -190,13 +191,19 @@ def test_pings_and_last_words() -> None:
 
 
 def test_a_source_stands_where_the_words_are_when_it_is_found() -> None:
-    """Found before the words, it is at their beginning; found amid them, where they have come to."""
+    """Found before the words, it is at their beginning; found amid them, where they have come to. One that has no
+    address is cited as a file."""
     found = SourceAdded("1", "One", "http://one"), SourceAdded("2", "Two", "http://two"), SourceAdded("3", "No address")
     events = said(
         log_of(FIRST, found[0], TextDelta("Water "), found[1], found[2], TextDelta("flows."), Completed("stop"))
     )
     notes = [event for event in events if event["type"] == "response.output_text.annotation.added"]
-    assert [(note["annotation_index"], note["annotation"]["start_index"]) for note in notes] == [(0, 0), (1, 6)]
+    url = {"type": "url_citation"}
+    assert [(note["annotation_index"], note["annotation"]) for note in notes] == [
+        (0, {**url, "url": "http://one", "title": "One", "start_index": 0, "end_index": 0}),
+        (1, {**url, "url": "http://two", "title": "Two", "start_index": 6, "end_index": 6}),
+        (2, {"type": "file_citation", "file_id": "3", "filename": "No address", "index": 6}),
+    ]
     (item,) = events[-1]["response"]["output"]
     assert [note["annotation"] for note in notes] == item["content"][0]["annotations"]
 

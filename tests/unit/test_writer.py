@@ -15,7 +15,7 @@ from redis.exceptions import ConnectionError
 
 from shared.config import MAX_GENERATION_BYTES, Settings
 from shared.errors import UpstreamError
-from shared.event_log import Answer, Append, Claim, EventLog, Hint, new_id
+from shared.event_log import Answer, Append, Claim, EventLog, Hint, Run, new_id
 from shared.events import Cancelled, Completed, TextDelta, encode, fold
 from shared.prompt import Message, Prompt
 from tests.waiting import wait_until
@@ -36,13 +36,13 @@ class Watched(EventLog):
         self.fails = 0
         self.replies_lost = 0
 
-    async def append(self, appends: Sequence[Append]) -> list[Answer]:
+    async def append(self, appends: Sequence[Append], run: Run | None = None) -> list[Answer]:
         self.batches.append(list(appends))
         await self.gate.wait()
         if self.fails:
             self.fails -= 1
             raise ConnectionError("away")
-        answers = await super().append(appends)
+        answers = await super().append(appends, run)
         if self.replies_lost:
             self.replies_lost -= 1
             raise ConnectionError("the reply was lost")
@@ -85,8 +85,8 @@ async def rewind(log: EventLog, generation_id: str, keep: int) -> None:
     key = log.keys.log(generation_id)
     entries = await log.servers.client.xrange(key)
     await log.servers.client.delete(key)
-    for entry_id, fields in entries[:keep]:
-        await log.servers.client.xadd(key, fields, id=entry_id)
+    for entry_id, data in entries[:keep]:
+        await log.servers.client.xadd(key, {b"data": data}, id=entry_id)
 
 
 async def text_of(log: EventLog, claim: Claim) -> str:

@@ -20,6 +20,7 @@ from shared.event_log import LOG_LOST, Answer, Append, Claim, EventLog
 from shared.events import Status
 from shared.observability import logger
 from shared.redis import TROUBLE
+from worker.line import Line
 
 MAX_EVENTS = 256  # of one generation in one append
 MAX_BYTES = 256 * 1024  # in one append
@@ -41,10 +42,12 @@ class Lost(Exception):
 
 @dataclass
 class Lane:
-    """The attempts that one append can speak for: those with something to say, and what wakes the lane's task."""
+    """The attempts that one append can speak for: those with something to say, what wakes the lane's task, and the
+    connection that task has for itself."""
 
     dirty: dict[Attempt, None] = field(default_factory=dict)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    line: Line = field(default_factory=Line)
 
     def mark(self, attempt: Attempt) -> None:
         self.dirty[attempt] = None
@@ -214,6 +217,8 @@ class Writer:
                 group.create_task(self._run_lane(lane))
 
     async def aclose(self) -> None:
+        for lane in self._lanes.values():
+            await lane.line.aclose()
         await self._event_log.servers.aclose()
 
     async def _run_lane(self, lane: Lane) -> None:
@@ -223,7 +228,7 @@ class Writer:
             lane.wake.clear()
             while batch := _next_batch(lane):
                 try:
-                    await self._commit(batch)
+                    await self._commit(batch, lane.line)
                     patience = 0.05
                 except TROUBLE as error:
                     metrics.APPENDS_FAILED.inc()
@@ -233,9 +238,9 @@ class Writer:
                     await asyncio.sleep(patience)
                     patience = min(patience * 2, 0.5)
 
-    async def _commit(self, batch: list[tuple[Attempt, Append]]) -> None:
+    async def _commit(self, batch: list[tuple[Attempt, Append]], line: Line) -> None:
         sent_at = time.monotonic()
-        answers = await self._event_log.append([append for _, append in batch])
+        answers = await self._event_log.append([append for _, append in batch], line.run)
         metrics.APPEND_SECONDS.observe(time.monotonic() - sent_at)
         metrics.EVENTS_APPENDED.inc(
             sum(len(append.events) for (_, append), answer in zip(batch, answers, strict=True) if answer.code == "OK")

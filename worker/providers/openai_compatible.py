@@ -28,7 +28,7 @@ from worker.providers.upstream_events import (
     parse,
     pieces,
 )
-from worker.providers.upstream_http import LINGER_SECONDS, UpstreamHTTP, failure
+from worker.providers.upstream_http import LINGER_SECONDS, Chunks, UpstreamHTTP, failure
 
 SETTLE_SECONDS = 2.0  # after the finish reason: for usage, [DONE] and the end
 FINISH_REASONS: dict[str, FinishReason] = {
@@ -98,10 +98,10 @@ class OpenAICompatible:
             yield output
         yield Completed(answer.finish_reason, answer.usage)
 
-    async def _next(self, model: str, chunks: AsyncGenerator[bytes, None], answer: Answer, deadline: float) -> bytes:
+    async def _next(self, model: str, chunks: Chunks, answer: Answer, deadline: float) -> bytes:
         """The next bytes, or none at the end. Once all is said, a cut and a silence are an end like any other."""
         try:
-            return await self._http.next(model, chunks, deadline, started=answer.started)
+            return await self._http.read(model, chunks, deadline, started=answer.started)
         except UpstreamError:
             if answer.finish_reason is None and not answer.is_whole:
                 raise
@@ -137,7 +137,7 @@ class Answer:
                 if payload == b"[DONE]":
                     self._done = True
                 elif not self._done:
-                    outputs += self._chunk(parse(payload))
+                    self._chunk(parse(payload), outputs)
         except UNREADABLE as error:
             self.problem = ("upstream_invalid", type(error).__name__)
         self.finished_now = not had_finished and self.finish_reason is not None
@@ -152,7 +152,7 @@ class Answer:
         """Halves of characters that never found their mates."""
         return self._characters.leftovers()
 
-    def _chunk(self, chunk: dict[str, Any]) -> Iterator[Output]:
+    def _chunk(self, chunk: dict[str, Any], outputs: list[Output]) -> None:
         if chunk.get("error"):
             self.problem = ("upstream_error", "")
             self._done = True
@@ -163,24 +163,25 @@ class Answer:
             if choice.get("index", 0):
                 continue
             if delta := choice.get("delta"):
-                yield from self._delta(delta)
+                self._delta(delta, outputs)
             if reason := choice.get("finish_reason"):
                 self.finish_reason = self.finish_reason or FINISH_REASONS.get(reason, "stop")
 
-    def _delta(self, delta: dict[str, Any]) -> Iterator[Output]:
+    def _delta(self, delta: dict[str, Any], outputs: list[Output]) -> None:
         if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
-            yield from self._text(ReasoningDelta, reasoning)
+            self._text(ReasoningDelta, reasoning, outputs)
         if content := delta.get("content"):
-            yield from self._text(TextDelta, content)
+            self._text(TextDelta, content, outputs)
         if refusal := delta.get("refusal"):
-            yield from self._text(RefusalDelta, refusal)
+            self._text(RefusalDelta, refusal, outputs)
         for position, call in enumerate(delta.get("tool_calls") or ()):
-            yield from self._tool_call(call, position)
+            outputs += self._tool_call(call, position)
 
-    def _text(self, event: TextEvent, text: str) -> Iterator[Output]:
+    def _text(self, event: TextEvent, text: str, outputs: list[Output]) -> None:
         whole = self._characters.whole(event, text)
-        for piece in pieces(self._new(whole) if event is TextDelta else whole):
-            yield event(piece)
+        if self._repeated and event is TextDelta:
+            whole = self._new(whole)
+        outputs += map(event, pieces(whole))
 
     def _new(self, text: str) -> str:
         """`text` without what is left of the repeated beginning. Raises ValueError where it is another beginning."""

@@ -46,7 +46,15 @@ from worker.providers.upstream_events import (
     parse,
     pieces,
 )
-from worker.providers.upstream_http import LINGER_SECONDS, RETRIED, Request, UpstreamHTTP, backoff_seconds, failure
+from worker.providers.upstream_http import (
+    LINGER_SECONDS,
+    RETRIED,
+    Chunks,
+    Request,
+    UpstreamHTTP,
+    backoff_seconds,
+    failure,
+)
 
 Json: TypeAlias = dict[str, Any]
 
@@ -183,7 +191,7 @@ class OpenAIResponses:
             broken = None
             try:
                 while not outputs and answer.problem is None and answer.end is None:
-                    data = await self._http.next(model, chunks, deadline, started=False)
+                    data = await self._http.read(model, chunks, deadline, started=False)
                     if not data:
                         break
                     outputs = answer.read(data)
@@ -218,10 +226,10 @@ class OpenAIResponses:
             return Stream(connection.pop_all(), chunks, deadline)
         raise AssertionError("an exit stack of a stream swallows nothing")
 
-    async def _next(self, model: str, chunks: AsyncGenerator[bytes, None], answer: Answer, deadline: float) -> bytes:
+    async def _next(self, model: str, chunks: Chunks, answer: Answer, deadline: float) -> bytes:
         """The next bytes, or none at the end. Once all is said, a cut and a silence are an end like any other."""
         try:
-            return await self._http.next(model, chunks, deadline, started=answer.started)
+            return await self._http.read(model, chunks, deadline, started=answer.started)
         except UpstreamError:
             if answer.end is None:
                 raise
@@ -233,7 +241,7 @@ class Stream:
     """An open connection, the bytes that are to come, and by when the next token must; what was read of it already."""
 
     connection: AsyncExitStack
-    chunks: AsyncGenerator[bytes, None]
+    chunks: Chunks
     deadline: float
     outputs: Sequence[Output] = ()
     failure: UpstreamError | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import orjson
@@ -30,7 +30,7 @@ class ServerSentEvents:
     Lines end with CR, LF or CRLF and with nothing else: U+2028 and its like are text."""
 
     def __init__(self) -> None:
-        self._line: list[bytes] = []  # the parts of a line that has not ended
+        self._line = [b""]  # the parts of a line that has not ended
         self._data: list[bytes] = []
         self._size = 0
         self._after_cr = False
@@ -43,8 +43,13 @@ class ServerSentEvents:
         """The problem with a stream that has ended here: a failure's code and detail."""
         return ("upstream_invalid", "a document") if _is_document(self.unfinished_line) else ("upstream_truncated", "")
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes) -> Iterable[bytes]:
         """Raises ValueError for what cannot be an event stream, and for an event that has no end."""
+        if self._line == [b""] and not self._data and not self._after_cr:
+            return _plain(data) or self._events(data)
+        return self._events(data)
+
+    def _events(self, data: bytes) -> Iterator[bytes]:
         for line in self._lines(data):
             if line.startswith(b"data:"):
                 self._data.append(line[6:] if line.startswith(b"data: ") else line[5:])
@@ -72,6 +77,19 @@ class ServerSentEvents:
             raise ValueError("an event without an end")
 
 
+def _plain(data: bytes) -> list[bytes]:
+    """What `_events` gives for whole events of one line of data, as nearly all are, at a fraction of the cost; else
+    nothing."""
+    if not data.endswith(b"\n\n") or b"\r" in data:
+        return []
+    if data.startswith(b"data: ") and data.count(b"\n") == 2:
+        return [data[6:-2]]
+    events = data.split(b"\n\n")
+    payloads = [event[6:] for event in events if event.startswith(b"data: ")]
+    are_plain = len(payloads) == len(events) - 1 and data.count(b"\n") == 2 * len(payloads)
+    return payloads if are_plain else []
+
+
 class Characters:
     """Whole characters, out of texts of several channels that may cut an emoji in two halves."""
 
@@ -84,7 +102,7 @@ class Characters:
 
     def whole(self, channel: Channel, text: str) -> str:
         """`text`, with the half that came before it, without the half it ends with."""
-        if not self._halves and not _HALF.search(text):
+        if not self._halves and (text.isascii() or not _HALF.search(text)):
             return text
         text = self._halves.pop(channel, "") + text
         if "\ud800" <= text[-1:] <= "\udbff":

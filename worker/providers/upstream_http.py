@@ -13,14 +13,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-import httpx2  # the openai SDK's own transport
+import httpx2  # the openai SDK's own client
 import openai
 
 from shared.config import ModelRoute, Settings, upstream_key
 from shared.errors import SettingsError, UpstreamError
 from shared.prompt import Prompt
+from worker.providers.upstream_transport import Client
 
 OPENAI_URL = "https://api.openai.com/v1"
 CONNECT_SECONDS = 10.0
@@ -73,6 +74,27 @@ def base_url_of(settings: Settings, route: ModelRoute) -> str:
     return base_url
 
 
+class Chunks(Protocol):
+    """The bytes of a stream, as they come."""
+
+    async def read(self, deadline: float) -> bytes:
+        """The next of them, or none at the end. Raises TimeoutError at `deadline`, and httpx2.HTTPError."""
+
+
+class Decoded:
+    """The bytes as httpx2 reads them: out of what nobody asked for, a compressed stream, or from behind a proxy."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        self._chunks = chunks
+
+    async def read(self, deadline: float) -> bytes:
+        async with asyncio.timeout_at(deadline):
+            return await anext(self._chunks, b"")
+
+    async def aclose(self) -> None:
+        await self._chunks.aclose()
+
+
 class UpstreamHTTP:
     """One upstream and the connections to it. Every method raises UpstreamError with a code of FAILURES."""
 
@@ -90,7 +112,7 @@ class UpstreamHTTP:
             max_retries=0,  # the SDK's two hidden retries would multiply with ours
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
             default_headers={"Accept-Encoding": "identity"},  # a compressed stream is a delayed stream
-            http_client=httpx2.AsyncClient(
+            http_client=Client(
                 follow_redirects=False,  # the prompt and the key go to the configured host and to no other
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100),
                 event_hooks={"response": [_judge]},
@@ -104,12 +126,10 @@ class UpstreamHTTP:
         if self.is_openai and not self._has_key:
             raise failure(prompt.model, "missing_key", self._route.api_key_env or "OPENAI_API_KEY")
 
-    async def open(
-        self, model: str, request: Request, connection: AsyncExitStack
-    ) -> tuple[AsyncGenerator[bytes, None], float]:
+    async def open(self, model: str, request: Request, connection: AsyncExitStack) -> tuple[Chunks, float]:
         """Send, again if the upstream asks for it or cannot be reached, and tell by when a token must come."""
 
-        async def send(deadline: float) -> tuple[AsyncGenerator[bytes, None], float]:
+        async def send(deadline: float) -> tuple[Chunks, float]:
             return await self.stream(model, request, connection, deadline), deadline
 
         return await self.retried(send)
@@ -131,17 +151,18 @@ class UpstreamHTTP:
                     raise
             await asyncio.sleep(delay)
 
-    async def stream(
-        self, model: str, request: Request, connection: AsyncExitStack, deadline: float
-    ) -> AsyncGenerator[bytes, None]:
+    async def stream(self, model: str, request: Request, connection: AsyncExitStack, deadline: float) -> Chunks:
         """Send once; the bytes of the stream that comes back, none of which was read."""
         response = await self.send(model, request, connection, deadline)
         content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type in NOT_STREAMS:
             raise failure(model, "upstream_invalid", content_type)
-        chunks: AsyncGenerator[bytes, None] = response.aiter_bytes()
-        connection.push_async_callback(chunks.aclose)
-        return chunks
+        if "body" in response.extensions and "content-encoding" not in response.headers:
+            chunks: Chunks = response.extensions["body"]
+            return chunks
+        decoded = Decoded(response.aiter_bytes())
+        connection.push_async_callback(decoded.aclose)
+        return decoded
 
     async def send(self, model: str, request: Request, connection: AsyncExitStack, deadline: float) -> httpx2.Response:
         """Send once; the answer, its body unread."""
@@ -158,10 +179,13 @@ class UpstreamHTTP:
         return response
 
     async def next(self, model: str, chunks: AsyncGenerator[bytes, None], deadline: float, *, started: bool) -> bytes:
+        """The next bytes of a body as httpx2 gives it, or none at its end."""
+        return await self.read(model, Decoded(chunks), deadline, started=started)
+
+    async def read(self, model: str, chunks: Chunks, deadline: float, *, started: bool) -> bytes:
         """The next bytes of a stream, or none at its end."""
         try:
-            async with asyncio.timeout_at(deadline):
-                return await anext(chunks, b"")
+            return await chunks.read(deadline)
         except TimeoutError:
             raise self._timeout(model, started) from None
         except httpx2.HTTPError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from redis.exceptions import NoPermissionError
 
+from cli.addresses import Addresses
 from cli.supervisor import Child, Supervisor, tell
 from cli.valkey import server_argv, socket_fits
 from shared.cluster import servers_of
@@ -50,6 +51,7 @@ async def up(options: Options, settings: Settings) -> int:
     options.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_one(options.data) as lock_fd, _listen(options) as listening:
         house = House(options, settings, listening, lock_fd, *_store(options.data, settings))
+        house.leave_word()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, house.supervisor.ending.set)
@@ -75,8 +77,14 @@ class House:
         self._redis_url = redis_url
         self._queue_url = queue_url(settings, redis_url)
         self._store_argv = store_argv
+        self._data = options.data
         self._env = _environment(options, settings, redis_url)
         self._workers = [f"worker{n}" if options.workers > 1 else "worker" for n in range(1, options.workers + 1)]
+
+    def leave_word(self) -> None:
+        """Say in the data folder where api and store are, for `rejoin top`. Of another store REDIS_URL tells."""
+        addresses = Addresses(self.url, self._redis_url if self._store_argv is not None else None)
+        addresses.write(self._data)
 
     async def run(self) -> int:
         fd = self._listening.fileno()

@@ -20,6 +20,7 @@ MAX_GENERATION_BYTES = 8 * 1024 * 1024  # one attempt's events: kept in the work
 REDIS_URL = r"^(redis|rediss|unix|rediss?\+(sentinel|cluster))://"
 QUEUE_URL = r"^(redis|rediss|unix|rediss?\+sentinel)://"
 MAX_EVENT_TEXT_CHARS = 4096  # longer deltas are split: at most 16 KiB of UTF-8 in one event
+DOCUMENTS = "documents"  # the name of the model over the folder of REJOIN_DOCUMENTS, and of its provider
 
 
 class Settings(BaseSettings):
@@ -41,6 +42,10 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
 
+    # Who asks: the commands in the terminal
+    url: str = "http://127.0.0.1:8000"
+    api_key: SecretStr | None = None
+
     # Models
     openai_api_key: SecretStr | None = Field(None, validation_alias="OPENAI_API_KEY")
     openai_base_url: str | None = Field(None, validation_alias="OPENAI_BASE_URL")
@@ -50,6 +55,14 @@ class Settings(BaseSettings):
     first_token_seconds: float = Field(60.0, gt=0)
     inter_token_seconds: float = Field(30.0, gt=0)
     upstream_retry_seconds: float = Field(30.0, ge=0)
+
+    # Documents
+    documents: Path | None = None
+    documents_model: str | None = None
+    documents_embedding: str | None = None
+    documents_retrieval: Literal["bm25", "vectors", "fused"] | None = None
+    documents_url: str | None = Field(None, pattern=r"^https?://[^\s?#]+$")
+    documents_index: Path = Path(".rejoin/documents")
 
     # Who may ask
     api_keys: str = ""
@@ -88,7 +101,9 @@ class Settings(BaseSettings):
     metrics_host: str = "127.0.0.1"
 
     @field_validator(
-        "openai_api_key", "secret", "queue_url", "openai_base_url", "models", "default_model", mode="before"
+        *("openai_api_key", "secret", "queue_url", "openai_base_url", "models", "default_model", "api_key"),
+        *("documents", "documents_model", "documents_embedding", "documents_retrieval", "documents_url"),
+        mode="before",
     )
     @classmethod
     def _empty_means_unset(cls, value: object) -> object:
@@ -113,6 +128,12 @@ class Settings(BaseSettings):
     def _a_cluster_needs_another_queue(self) -> Settings:
         if "+cluster:" in self.redis_url and self.queue_url is None:
             raise ValueError("REJOIN_QUEUE_URL: the queue cannot live on a Redis Cluster; name a server that is none")
+        return self
+
+    @model_validator(mode="after")
+    def _vectors_need_an_embedding(self) -> Settings:
+        if self.documents_retrieval in ("vectors", "fused") and self.documents_embedding is None:
+            raise ValueError("REJOIN_DOCUMENTS_RETRIEVAL: name a model in REJOIN_DOCUMENTS_EMBEDDING, or take bm25")
         return self
 
     @property
@@ -161,7 +182,8 @@ class ModelRoute(BaseModel):
     """Where the prompts for one model name go. Times in seconds; `concurrency` is per worker process.
 
     `upstream_model` is the name the upstream knows; `*` passes the caller's own on. `continuation`: how this upstream
-    is asked to go on with an answer that a lost worker began; `repeats_prefix`: it then says the beginning again."""
+    is asked to go on with an answer that a lost worker began; `repeats_prefix`: it then says the beginning again.
+    Of the provider `documents`, `upstream_model` is the model here that answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -190,6 +212,12 @@ class ModelTable:
         """The route of a model. Raises Unprocessable(`model_not_found`), which says what to set."""
         if route := self.routes.get(name):
             return route
+        if name == DOCUMENTS:
+            raise Unprocessable(
+                f"model {DOCUMENTS!r} is not configured here: set REJOIN_DOCUMENTS to a folder of documents",
+                code="model_not_found",
+                param="model",
+            )
         if self.fallback is None:
             raise Unprocessable(
                 f"model {name[:80]!r} is not configured here: set OPENAI_API_KEY (or OPENAI_BASE_URL) or list it in "
@@ -201,7 +229,8 @@ class ModelTable:
 
 
 def model_table(settings: Settings) -> ModelTable:
-    """`demo` always; what the file of REJOIN_MODELS names; with an OpenAI key or base URL, every other name.
+    """`demo` always; what the file of REJOIN_MODELS names; with an OpenAI key or base URL, every other name; with
+    REJOIN_DOCUMENTS, `documents`.
 
     Raises SettingsError where the file is missing or wrong."""
     times: dict[str, Any] = {
@@ -217,11 +246,28 @@ def model_table(settings: Settings) -> ModelTable:
         fallback = ModelRoute(
             name="*", upstream_model="*", base_url=settings.openai_base_url, api_key_env="OPENAI_API_KEY", **times
         )
+    if settings.documents is not None:
+        routes[DOCUMENTS] = _documents(settings, routes, fallback)
     default = settings.default_model or "demo"
     table = ModelTable(routes, fallback, default)
     if default not in routes and fallback is None:
         raise SettingsError(f"REJOIN_DEFAULT_MODEL: {default!r} is not among the models: {', '.join(sorted(routes))}")
     return table
+
+
+def _documents(settings: Settings, routes: dict[str, ModelRoute], fallback: ModelRoute | None) -> ModelRoute:
+    """The route of `documents`. Raises SettingsError where the models it needs are not there."""
+    if DOCUMENTS in routes:
+        raise SettingsError(f"REJOIN_MODELS: [{DOCUMENTS}] is the model over REJOIN_DOCUMENTS; choose another name")
+    default = settings.default_model if settings.default_model != DOCUMENTS else None
+    answering = settings.documents_model or default or "demo"
+    needed = {"REJOIN_DOCUMENTS_MODEL": answering, "REJOIN_DOCUMENTS_EMBEDDING": settings.documents_embedding}
+    for setting, name in needed.items():
+        if name is not None and (name == DOCUMENTS or (name not in routes and fallback is None)):
+            raise SettingsError(f"{setting}: {name!r} is not among the models: {', '.join(sorted(routes))}")
+    found = routes.get(answering) or fallback
+    concurrency = found.concurrency if found else None
+    return ModelRoute(name=DOCUMENTS, provider=DOCUMENTS, upstream_model=answering, concurrency=concurrency)
 
 
 def _read_models(path: Path, times: dict[str, Any]) -> dict[str, ModelRoute]:

@@ -50,7 +50,20 @@ def test_settings_come_from_a_file_and_the_environment_wins(monkeypatch: pytest.
     assert (settings.port, settings.max_attempts) == (4321, 7)
 
 
-UNSET = ["openai_api_key", "secret", "queue_url", "openai_base_url", "models", "default_model"]
+UNSET = [
+    "openai_api_key",
+    "secret",
+    "queue_url",
+    "openai_base_url",
+    "models",
+    "default_model",
+    "api_key",
+    "documents",
+    "documents_model",
+    "documents_embedding",
+    "documents_retrieval",
+    "documents_url",
+]
 
 
 @pytest.mark.parametrize("field", UNSET)

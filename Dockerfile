@@ -14,7 +14,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     REJOIN_HOST=0.0.0.0 \
     REJOIN_PORT=8000 \
     REJOIN_LOG_FORMAT=json
-RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent rejoin
+RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent rejoin \
+    && install -d -o 10001 -g 10001 -m 700 /var/lib/rejoin
 WORKDIR /app
 COPY --from=build /opt/venv /opt/venv
 COPY shared ./shared

@@ -61,8 +61,8 @@ UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header $(ARGS) pyproject.toml
 
 lock: $(VENV)/.dev ## Write both lock files again (ARGS=--upgrade for newer versions)
-	$(UV_COMPILE) -o requirements.lock
-	$(UV_COMPILE) --extra dev -c requirements.lock -o requirements-dev.lock
+	$(UV_COMPILE) --extra documents -o requirements.lock
+	$(UV_COMPILE) --extra documents --extra dev -c requirements.lock -o requirements-dev.lock
 
 # What a test needs and Python cannot install, as command:package. A test that lacks one skips, and says so.
 TOOLS := nginx:nginx-light faketime:faketime chromium:chromium redis-server:redis-server node:nodejs npm:npm

@@ -29,6 +29,7 @@ from api.routes import (
     playground,
     responses,
     responses_socket,
+    streams,
     ui_messages,
     ui_messages_socket,
 )
@@ -108,6 +109,7 @@ def create_app(settings: Settings | None = None) -> Application:
     app.state.settings, app.state.models = settings, models_served
     for routes in (
         generations,
+        streams,
         chat_completions,
         ui_messages,
         ui_messages_socket,

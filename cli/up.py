@@ -232,6 +232,8 @@ def _environment(options: Options, settings: Settings, redis_url: str) -> dict[s
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
     if settings.secret is None:
         env["REJOIN_SECRET"] = _secret(options.data)
+    if "documents_index" not in settings.model_fields_set:
+        env["REJOIN_DOCUMENTS_INDEX"] = str(options.data / "documents")
     return env
 
 

@@ -16,6 +16,7 @@ from shared.prompt import Prompt
 
 PROVIDERS = {
     "demo": "worker.providers.demo:build",
+    "documents": "worker.providers.documents:build",
     "openai_compatible": "worker.providers.openai_compatible:build",
     "openai_responses": "worker.providers.openai_responses:build",
 }

@@ -1,464 +1,348 @@
-// The playground: start a generation, watch its words arrive, leave, rejoin.
-//
-// The page is a fold over the event log, as every Rejoin client may be: FOLD has one small function per
-// event type, and the id of the last folded event is the cursor a later connection goes on from.
-// Whatever comes from a model or a server becomes a text node; nothing is ever parsed as HTML.
+// The page: joins the conversations, the answers that are on their way and what is seen of them, and says what a click
+// or a key does. It draws what is kept and what was heard; nothing that is drawn waits for the network.
 
-const MIN_SPAN_MS = 8000; // the timeline is at least this long before it starts to compress
-const CLOCK_MS = 100; // how often elapsed time and timeline move while nothing arrives
-const RECENT_MS = 4000; // how often the list of generations is asked for while the tab is visible
-const RECENT_LIMIT = 20;
-const KEY_ITEM = "rejoin.api-key";
-const FINISHED = new Set(["completed", "incomplete", "failed", "cancelled"]);
+import * as conversations from "./conversations.js";
+import * as server from "./server.js";
+import { Problem } from "./server.js";
+import { Answers } from "./answers.js";
+import { Sidebar } from "./sidebar.js";
+import { Strip } from "./strip.js";
+import { Turn } from "./turn.js";
 
+const DROP_MS = 3000;
+const CLOCK_MS = 200; // how often the strip moves while nothing arrives
+const MODEL_ITEM = "rejoin.model";
+const OTHER_MODEL = "\u0000other";
+const GENERATION_ID = /^[0-9a-f]{32}$/;
+const SPOKEN_CHARS = 1500; // of a finished answer, to a screen reader
 const CONNECTION_WORDS = {
-  idle: "not connected",
-  connecting: "connecting…",
+  connecting: "connecting",
   connected: "connected",
-  reconnecting: "reconnecting…",
-  disconnected: "disconnected",
-  closed: "closed: all received",
+  reconnecting: "reconnecting",
+  dropped: "no network",
+  refused: "asking why",
+  closed: "all received",
 };
 
 const $ = (id) => document.getElementById(id);
 
-// ---------------------------------------------------------------- the server
+const answers = new Answers({
+  changed: draw,
+  moved: repaint,
+  ended: answerEnded,
+  keyWanted: askForKey,
+  failed: ({ title, detail }) => announce(`${title}. ${detail}`),
+  network: networkIs,
+  keeping,
+});
+const strip = new Strip($("strip"));
+const sidebar = new Sidebar($("conversations"), { rename: askForName, delete: askToDelete });
 
-class Problem extends Error {
-  constructor({ status = 0, title = "Something went wrong", detail = "", code = "" }) {
-    super(title);
-    Object.assign(this, { status, title, detail, code });
-  }
+let current = null; // id of the conversation on the page
+let turns = []; // its Turns
+let downUntil = 0; // until when there is no network, Unix milliseconds
+
+// ---- the conversation on the page ----
+
+const conversation = () => (current ? conversations.get(current) : null);
+
+function open(id) {
+  current = answers.current = id;
+  turns = [];
+  $("turns").replaceChildren();
+  clearProblem();
+  draw();
+  answers.attend();
+  const last = answers.pending(conversation());
+  if (last && !last.generation) answers.order(last.key); // the page was reloaded before it was
+  chooseModel(conversation()?.model);
+  pinned = true;
 }
 
-const UNREACHABLE = {
-  title: "The server cannot be reached",
-  detail: "Nothing is lost: a generation that was started goes on. Check that the server runs, then try again.",
-  code: "unreachable",
-};
-
-/** JSON of an API call, null for an empty answer. Throws Problem, with status 0 when there was no answer at all. */
-async function call(path, { method = "GET", headers = {}, body } = {}) {
-  const key = sessionStorage.getItem(KEY_ITEM);
-  const authorization = key ? { Authorization: `Bearer ${key}` } : {};
-  const request = { method, body, cache: "no-store", headers: { ...headers, ...authorization } };
-  const response = await fetch(path, request).catch(() => {
-    throw new Problem(UNREACHABLE);
-  });
-  if (!response.ok) throw await problemOf(response);
-  return response.status === 204 ? null : response.json();
+/** Open what the address names: a conversation, or any generation by its id. */
+async function openFromAddress() {
+  const name = decodeURIComponent(location.hash.slice(1));
+  if (GENERATION_ID.test(name)) return openGeneration(name);
+  open(conversations.get(name) ? name : null);
+  if (name && !current) showProblem({ title: "That conversation is not in this browser", code: "" });
 }
 
-async function problemOf(response) {
-  const body = await response.json().catch(() => ({}));
-  const said = body.detail ?? body.error?.message; // problem details, or the OpenAI shape of /v1/models
-  return new Problem({
-    status: response.status,
-    title: body.title ?? `The server answered ${response.status}`,
-    detail: typeof said === "string" ? said : "",
-    code: body.code ?? body.error?.code ?? "",
-  });
-}
-
-/** A version 4 UUID. `randomUUID` exists on https and localhost only. */
-function uuid() {
-  if (crypto.randomUUID) return crypto.randomUUID();
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  bytes[6] = (bytes[6] & 0x0f) | 0x40;
-  bytes[8] = (bytes[8] & 0x3f) | 0x80;
-  const hex = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
-}
-
-// ---------------------------------------------------------------- what is on the screen
-
-/** A box that text is streamed into. `seam` marks where a connection ended, without adding a character. */
-function pane(box, shell = box) {
-  let node = null;
-  return {
-    append(text) {
-      if (!node) box.append((node = document.createTextNode("")));
-      node.appendData(text);
-      shell.hidden = false;
-    },
-    seam() {
-      if (!node) return;
-      const mark = document.createElement("span");
-      mark.className = "seam";
-      mark.title = "The connection ended here; the next one went on from here";
-      box.append(mark);
-      node = null;
-    },
-    clear() {
-      box.replaceChildren();
-      shell.hidden = shell !== box;
-      node = null;
-    },
-    text: () => box.textContent,
-  };
-}
-
-const answer = pane($("answer"));
-const reasoning = pane($("reasoning"), $("reasoning-box"));
-const refusal = pane($("refusal"), $("refusal-box"));
-const panes = [answer, reasoning, refusal];
-
-let view = blank();
-
-/** All that is known of the generation on the screen. Times are Unix milliseconds. */
-function blank() {
-  return {
-    id: null,
-    eventsUrl: null,
-    cancelUrl: null,
-    status: "idle",
-    attempt: null,
-    provider: null,
-    mode: "fresh",
-    source: null,
-    connection: "idle",
-    connections: 0,
-    lastEventId: null,
-    deltas: 0,
-    toolCalls: new Map(),
-    createdAt: null,
-    firstTokenAt: null,
-    finishedAt: null,
-    finishReason: null,
-    usage: null,
-    cancelledBy: null,
-    cancelling: false,
-    endedUnseen: false, // the list says it has finished, but this page has not read that far
-    openedAt: null, // when this page began to follow it: the timeline's zero
-    closedAt: null, // when the timeline stopped
-    ticks: [],
-    gaps: [],
-    voids: [],
-  };
-}
-
-const finished = () => FINISHED.has(view.status);
-const running = () => view.id !== null && !finished();
-
-function clearOutput() {
-  panes.forEach((each) => each.clear());
-  for (const list of ["tools", "sources"]) {
-    $(list).replaceChildren();
-    $(`${list}-box`).hidden = true;
-  }
-  view.toolCalls.clear();
-  view.deltas = 0;
-  view.firstTokenAt = null;
-}
-
-// ---------------------------------------------------------------- the fold
-
-const FOLD = {
-  "generation.queued"(event) {
-    view.status = "queued";
-    view.createdAt = event.created_at;
-  },
-  "generation.started"(event) {
-    if (event.mode !== "continued") startOver();
-    Object.assign(view, { status: "in_progress", attempt: event.attempt, provider: event.provider, mode: event.mode });
-    if (event.attempt > 1) announce(notice().text);
-  },
-  "text.delta"(event) {
-    delta(event);
-    answer.append(event.text);
-  },
-  "reasoning.delta"(event) {
-    delta(event);
-    reasoning.append(event.text);
-  },
-  "refusal.delta"(event) {
-    delta(event);
-    refusal.append(event.text);
-  },
-  "tool_call.delta"(event) {
-    delta(event);
-    showToolCall(event);
-  },
-  "source.added": showSource,
-  "generation.completed"(event) {
-    const cutShort = ["length", "content_filter"].includes(event.finish_reason);
-    Object.assign(view, { finishReason: event.finish_reason, usage: event.usage ?? null });
-    finish(cutShort ? "incomplete" : "completed", event);
-  },
-  "generation.failed"(event) {
-    finish("failed", event);
-    showFailure(event);
-  },
-  "generation.cancelled"(event) {
-    view.cancelledBy = event.by;
-    finish("cancelled", event);
-  },
-};
-
-/** A fresh attempt voids what the earlier ones said. */
-function startOver() {
-  if (view.deltas) view.voids.push(Date.now());
-  clearOutput();
-}
-
-function delta(event) {
-  view.deltas += 1;
-  view.firstTokenAt ??= event.at ?? Date.now();
-  view.ticks.push(Date.now());
-}
-
-/** After the terminal event nothing more comes: close, or EventSource would ask once more and be told 204. */
-function finish(status, event) {
-  Object.assign(view, { status, finishedAt: event.at ?? Date.now() });
-  hangUp("closed");
-  view.closedAt = Date.now();
-  announce(notice().text);
-  refreshRecent();
-}
-
-function showToolCall({ index, name, arguments: fragment = "" }) {
-  if (!view.toolCalls.has(index)) {
-    const code = document.createElement("code");
-    const item = document.createElement("li");
-    item.append(code);
-    $("tools").append(item);
-    view.toolCalls.set(index, { name: "", arguments: "", code });
-  }
-  const toolCall = view.toolCalls.get(index);
-  toolCall.name = name ?? toolCall.name;
-  toolCall.arguments += fragment;
-  toolCall.code.textContent = `${toolCall.name}(${toolCall.arguments})`;
-  $("tools-box").hidden = false;
-}
-
-function showSource({ title, url, snippet }) {
-  const item = document.createElement("li");
-  item.append(isWebAddress(url) ? linkTo(url, title) : title);
-  if (snippet) item.append(element("p", "hint", snippet));
-  $("sources").append(item);
-  $("sources-box").hidden = false;
-}
-
-const isWebAddress = (url) => URL.canParse(url ?? "") && /^https?:$/.test(new URL(url).protocol);
-
-function linkTo(url, text) {
-  const link = element("a", "", text);
-  Object.assign(link, { href: url, target: "_blank", rel: "noopener noreferrer" });
-  return link;
-}
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
-}
-
-// ---------------------------------------------------------------- the connection
-
-/** Follow the log from after the last folded event; from its start when there is none. */
-function connect() {
-  const url = new URL(view.eventsUrl, location.href);
-  if (view.lastEventId) url.searchParams.set("after", view.lastEventId);
-  const source = new EventSource(url);
-  Object.assign(view, { source, connection: "connecting" });
-  view.openedAt ??= Date.now();
-  source.onopen = opened;
-  source.onerror = interrupted;
-  for (const type of Object.keys(FOLD)) source.addEventListener(type, received);
-  repaint();
-}
-
-function opened() {
-  view.connection = "connected";
-  view.connections += 1;
-  closeGap();
-  if (view.connections > 1) panes.forEach((each) => each.seam());
-  repaint();
-}
-
-function received(message) {
-  if (message.lastEventId) view.lastEventId = message.lastEventId;
-  FOLD[message.type](JSON.parse(message.data));
-  repaint();
-}
-
-/** The browser comes back by itself unless the server refused: then the snapshot tells why. */
-function interrupted() {
-  openGap();
-  if (view.source.readyState === EventSource.CONNECTING) {
-    if (view.connections > 0) view.connection = "reconnecting";
-    return repaint();
-  }
-  hangUp("disconnected");
-  repaint();
-  explainRefusal(view);
-}
-
-async function explainRefusal(mine) {
+async function openGeneration(id) {
+  const known = conversations.holding(({ generation }) => generation === id);
+  if (known) return open(known.id);
+  open(null);
   await reporting(async () => {
-    const snapshot = await call(`/v1/generations/${encodeURIComponent(mine.id)}`);
-    if (mine !== view) return;
-    if (FINISHED.has(snapshot.status)) return adopt(snapshot);
-    view.eventsUrl = snapshot.events_url;
-    showError({
-      title: "The server closed the stream",
-      detail: "The generation goes on. Press Rejoin to continue where you were.",
-      code: "stream_refused",
-    });
+    const snapshot = await server.look(id);
+    const { model, events_url: events } = snapshot;
+    const answer = { ...conversations.newAnswer(model), generation: id, events };
+    const turn = { question: null, answers: [answer], shown: 0 };
+    open(conversations.create({ title: `Answer ${id.slice(0, 8)}`, named: true, model, turns: [turn] }).id);
   });
 }
 
-function hangUp(connection) {
-  view.source?.close();
-  Object.assign(view, { source: null, connection });
+function draw() {
+  const opened = conversation();
+  const title = opened?.title || "New conversation";
+  $("title").textContent = title;
+  document.title = opened ? `${title} · Rejoin` : "Rejoin playground";
+  $("welcome").hidden = Boolean(opened?.turns.length);
+  $("second-tab").hidden = !opened;
+  if (opened) $("second-tab").href = `/#${opened.id}`;
+  drawTurns(opened);
+  drawControls(opened);
+  sidebar.draw(conversations.list(), current);
+  $("none").hidden = $("conversations").childElementCount > 0;
+  repaint();
 }
 
-function openGap() {
-  const last = view.gaps.at(-1);
-  if (!last || last.to !== null) view.gaps.push({ from: Date.now(), to: null });
-}
-
-function closeGap() {
-  const last = view.gaps.at(-1);
-  if (last && last.to === null) last.to = Date.now();
-}
-
-/** Take a finished generation's state from its snapshot, when there is no stream to hear the end from. */
-function adopt(snapshot) {
-  const shown = answer.text();
-  if (snapshot.text.startsWith(shown)) {
-    answer.seam();
-  } else {
-    clearOutput();
+function drawTurns(opened) {
+  const wanted = opened?.turns ?? [];
+  while (turns.length > wanted.length) turns.pop().root.remove();
+  while (turns.length < wanted.length) {
+    const turn = new Turn(act);
+    turns.push(turn);
+    $("turns").append(turn.root);
   }
-  const missing = snapshot.text.slice(answer.text().length);
-  if (missing) answer.append(missing);
-  Object.assign(view, {
-    attempt: snapshot.attempt,
-    lastEventId: snapshot.last_event_id,
-    finishReason: snapshot.finish_reason,
-    usage: snapshot.usage,
-    firstTokenAt: milliseconds(snapshot.first_token_at),
+  const busy = answers.isWriting(opened);
+  for (const [number, turn] of wanted.entries()) {
+    const record = conversations.shown(turn);
+    const problem = answers.problems.get(record.key) ?? null;
+    turns[number].frame({ turn, record, problem, last: number === wanted.length - 1, busy });
+  }
+}
+
+function drawControls(opened) {
+  const running = answers.pending(opened);
+  $("send").hidden = answers.isWriting(opened);
+  $("stop").hidden = !$("send").hidden;
+  $("stop").disabled = !running?.generation;
+  $("send").disabled = !$("prompt").value.trim() || running !== null;
+}
+
+function answerEnded(answer, isHere) {
+  if (isHere) announce(spoken(answer));
+  draw();
+}
+
+function spoken({ status, text, refusal, error }) {
+  if (status === "failed") return `The answer failed. ${error?.message ?? ""}`;
+  const how = { completed: "Answer", incomplete: "Answer, cut short", cancelled: "Answer, stopped" }[status];
+  return `${how}: ${(text || refusal).slice(0, SPOKEN_CHARS)}`;
+}
+
+// ---- what the reader does ----
+
+function send(event) {
+  event?.preventDefault();
+  const question = $("prompt").value.trim();
+  const model = $("model").value;
+  if (!question || !model || $("send").hidden || $("send").disabled) return;
+  const kept = keeping(() => {
+    const opened = conversation() ?? conversations.create({ model });
+    return conversations.update(opened.id, (one) => conversations.ask(one, question, model));
   });
-  closeGap();
-  finish(snapshot.status, { at: milliseconds(snapshot.finished_at) });
-  if (snapshot.error) showFailure(snapshot.error);
-  repaint();
+  if (!kept) return;
+  $("prompt").value = "";
+  fitPrompt();
+  clearProblem();
+  pinned = true;
+  if (kept.id !== current) {
+    history.pushState(null, "", `#${kept.id}`);
+    current = answers.current = kept.id;
+  }
+  announce("Sent");
+  answers.order(conversations.shown(kept.turns.at(-1)).key);
 }
 
-const milliseconds = (seconds) => (seconds == null ? null : seconds * 1000);
-
-// ---------------------------------------------------------------- what the visitor does
-
-let order = null; // the last POST that got no answer: asked again with the same key, it is the same generation
-
-async function start() {
-  if ($("start").disabled) return;
-  const prompt = $("prompt").value;
-  const body = JSON.stringify({ model: $("model").value, prompt });
-  if (order?.body !== body) order = { body, key: uuid() };
-  $("start").disabled = true;
-  clearError();
-  await reporting(async () => {
-    const created = await call("/v1/generations", {
-      method: "POST",
-      body,
-      headers: { "Content-Type": "application/json", "Idempotency-Key": order.key },
-    });
-    order = null;
-    history.pushState({ prompt }, "", `#${created.id}`);
-    show(created, prompt);
-    announce("Started");
-    refreshRecent();
-  });
-  allowStart();
+function act(name, turn, button) {
+  const number = turns.indexOf(turn);
+  if (name === "retry") retry();
+  if (name === "again") answers.order(turn.record.key);
+  if (name === "edit") askForEdit(number);
+  if (name === "older") page(number, -1);
+  if (name === "newer") page(number, 1);
+  if (name === "copy") copy(answers.stateOf(turn.record).text, button);
 }
 
-/** Put a generation on the screen and follow it from the start. */
-function show(generation, prompt) {
-  leave();
-  Object.assign(view, {
-    id: generation.id,
-    eventsUrl: generation.events_url,
-    cancelUrl: generation.cancel_url,
-    status: generation.status,
-    createdAt: milliseconds(generation.created_at),
-  });
-  $("question").textContent = prompt ?? "";
-  $("question").hidden = !prompt;
-  connect();
+function retry() {
+  const opened = conversation();
+  if (!opened?.turns.length || answers.isWriting(opened) || opened.turns.at(-1).question === null) return;
+  askAnew((one) => conversations.askAgain(one, $("model").value));
 }
 
-/** Forget the generation on the screen. It goes on: leaving is not cancelling. */
-function leave() {
-  hangUp("idle");
-  view = blank();
-  clearOutput();
-  clearError();
-  $("question").hidden = true;
+function askAnew(how) {
+  const kept = keeping(() => conversations.update(current, how));
+  if (!kept) return;
+  clearProblem();
+  pinned = true;
+  answers.order(conversations.shown(kept.turns.at(-1)).key);
+  $("prompt").focus();
 }
 
-/** Join the generation that the address names; the prompt, which only its author knows, is in the history entry. */
-async function joinFromAddress() {
-  const id = location.hash.slice(1);
-  if (id === (view.id ?? "")) return;
-  leave();
-  repaint();
+function page(number, step) {
+  keeping(() =>
+    conversations.update(current, ({ turns: kept }) => {
+      const turn = kept[number];
+      turn.shown = Math.min(Math.max(turn.shown + step, 0), turn.answers.length - 1);
+    }),
+  );
+  draw();
+}
+
+async function stop() {
+  const id = answers.pending(conversation())?.generation;
   if (!id) return;
-  const mine = view;
-  await reporting(async () => {
-    const snapshot = await call(`/v1/generations/${encodeURIComponent(id)}`);
-    // Its log tells the status again: what is not read yet is not shown as finished.
-    if (mine === view) show({ ...snapshot, status: "joining" }, history.state?.prompt);
-  });
+  $("stop").disabled = true;
+  await reporting(() => answers.stop(id));
+  $("prompt").focus();
 }
 
-function cut() {
-  hangUp("disconnected");
-  openGap();
-  announce("Connection cut. The generation goes on.");
-  moveFocus($("rejoin"));
+function startNew() {
+  if (location.hash) history.pushState(null, "", "/");
+  open(null);
+  openSide(false);
+  $("prompt").focus();
 }
 
-function rejoin() {
-  clearError();
-  announce("Rejoined");
-  connect();
-  moveFocus($("cut"));
+function dropNetwork() {
+  if (Date.now() < downUntil || $("strip").hidden) return;
+  answers.connection.drop(DROP_MS);
 }
 
-/** The button just pressed is disabled now; keep the keyboard at its counterpart. */
-function moveFocus(button) {
-  paint();
-  button.focus();
-}
-
-async function cancel() {
-  const mine = view;
-  view.cancelling = true;
-  repaint();
-  await reporting(async () => {
-    const snapshot = await call(view.cancelUrl, { method: "POST" });
-    if (mine === view && !view.source && !finished()) adopt(snapshot); // else the stream tells the end
-  });
-  mine.cancelling = false;
+function networkIs(until) {
+  downUntil = until;
+  const down = Date.now() < until;
+  if (down) announce("The network is gone for 3 seconds. The answer goes on.");
   repaint();
 }
 
-async function copyId() {
+async function copy(text, button) {
   try {
-    await navigator.clipboard.writeText(view.id);
-    $("copy").textContent = "Copied";
-    setTimeout(() => ($("copy").textContent = "Copy"), 1500);
+    await navigator.clipboard.writeText(text);
   } catch {
-    getSelection().selectAllChildren($("generation-id")); // no clipboard on plain http: select it instead
+    const detail = "Mark the text and copy it yourself.";
+    return showProblem({ title: "The browser does not let this page copy", detail, code: "" });
   }
+  button.dataset.done = "true";
+  announce("Copied");
+  setTimeout(() => delete button.dataset.done, 1500);
 }
 
-const allowStart = () => ($("start").disabled = !$("prompt").value.trim() || !$("model").value);
+// ---- dialogs ----
 
-// ---------------------------------------------------------------- errors and the key
+function dialog(name, prepare) {
+  const box = $(`${name}-dialog`);
+  prepare?.();
+  box.showModal();
+  return box;
+}
+
+function onDialog(name, submitted) {
+  const box = $(`${name}-dialog`);
+  box.addEventListener("click", ({ target }) => (target === box || target.closest("[data-close]")) && box.close());
+  $(`${name}-form`)?.addEventListener("submit", (event) => {
+    event.preventDefault();
+    box.close();
+    submitted();
+  });
+}
+
+function askForName(id) {
+  $("rename-dialog").dataset.id = id;
+  dialog("rename", () => ($("rename-name").value = conversations.get(id)?.title ?? ""));
+  $("rename-name").select();
+}
+
+function rename() {
+  const title = $("rename-name").value.trim();
+  const { id } = $("rename-dialog").dataset;
+  if (title) keeping(() => conversations.update(id, (one) => Object.assign(one, { title, named: true })));
+  draw();
+}
+
+function askToDelete(id) {
+  $("delete-dialog").dataset.id = id;
+  const kept = conversations.get(id);
+  $("delete-name").textContent = kept?.title || "New conversation";
+  $("delete-server").checked = !kept?.turns.some(({ question }) => question === null); // another one's answer stays
+  dialog("delete");
+}
+
+function remove() {
+  const { id } = $("delete-dialog").dataset;
+  const generations = conversations.answers(conversations.get(id) ?? { turns: [] }).map(({ generation }) => generation);
+  conversations.remove(id);
+  for (const generation of generations.filter(Boolean)) {
+    answers.forget(generation);
+    if ($("delete-server").checked) server.erase(generation).catch(() => {}); // its words expire by themselves
+  }
+  if (id === current) startNew();
+  else draw();
+  announce("Deleted");
+}
+
+function askForEdit(number) {
+  dialog("edit", () => ($("edit-text").value = conversation().turns[number].question));
+}
+
+function edit() {
+  const question = $("edit-text").value.trim();
+  if (!question || answers.isWriting(conversation())) return;
+  askAnew((one) => conversations.askOtherwise(one, question, $("model").value));
+}
+
+// ---- models and the key ----
+
+async function loadModels() {
+  await reporting(async () => {
+    const names = await server.models();
+    const other = new Option("another…", OTHER_MODEL);
+    $("model").replaceChildren(...names.map((name) => new Option(name, name)), other);
+    chooseModel(conversation()?.model ?? conversations.storage.getItem(MODEL_ITEM));
+  });
+}
+
+function chooseModel(name) {
+  const select = $("model");
+  if (!name || !select.options.length) return;
+  const known = [...select.options].some(({ value }) => value === name);
+  if (!known) select.add(new Option(name, name), select.options.length - 1);
+  select.value = name;
+}
+
+function modelChosen() {
+  if ($("model").value === OTHER_MODEL) {
+    $("model").selectedIndex = 0;
+    return dialog("model", () => ($("model-name").value = ""));
+  }
+  conversations.storage.setItem(MODEL_ITEM, $("model").value);
+}
+
+function otherModel() {
+  chooseModel($("model-name").value.trim());
+  modelChosen();
+}
+
+function askForKey() {
+  if (server.key.known()) $("key-note").textContent = "The server did not accept this key.";
+  server.key.forget();
+  if (!$("key-form").hidden) return;
+  $("key-form").hidden = false;
+  $("key").focus();
+}
+
+function saveKey(event) {
+  event.preventDefault();
+  server.key.keep($("key").value.trim());
+  $("key").value = "";
+  $("key-form").hidden = true;
+  loadModels();
+  answers.retryAll();
+  if (!current) openFromAddress();
+  $("prompt").focus();
+}
+
+// ---- what goes wrong ----
 
 /** Run an action; what goes wrong is shown, never thrown away. */
 async function reporting(action) {
@@ -466,337 +350,181 @@ async function reporting(action) {
     await action();
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
-    if (problem.status !== 0) order = null;
-    problem.status === 401 ? askForKey() : showError(problem);
+    problem.status === 401 ? askForKey() : showProblem(problem);
   }
 }
 
-function showError({ title, detail, code }) {
-  $("error-title").textContent = title;
-  $("error-detail").textContent = detail;
-  $("error-code").textContent = code;
-  $("error").hidden = false;
-}
-
-function showFailure({ code, message, retryable }) {
-  const advice = retryable ? "Asking again may work." : "The same prompt would fail again.";
-  showError({ title: "The generation failed", detail: `${message} ${advice}`, code });
-}
-
-const clearError = () => ($("error").hidden = true);
-
-function askForKey() {
-  if (sessionStorage.getItem(KEY_ITEM)) $("key-note").textContent = "The server did not accept this key.";
-  sessionStorage.removeItem(KEY_ITEM);
-  if (!$("key-form").hidden) return;
-  $("key-form").hidden = false;
-  $("key").focus();
-}
-
-function saveKey() {
-  sessionStorage.setItem(KEY_ITEM, $("key").value.trim());
-  $("key").value = "";
-  $("key-form").hidden = true;
-  load();
-}
-
-// ---------------------------------------------------------------- models and recent generations
-
-async function loadModels() {
-  await reporting(async () => {
-    const { data } = await call("/v1/models").catch((problem) => {
-      if (problem.status === 404) return { data: [{ id: "demo" }] };
-      throw problem;
-    });
-    $("model").replaceChildren(...data.map(({ id }) => element("option", "", id)));
-    allowStart();
-  });
-}
-
-const rows = new Map(); // generation id -> its <li>, kept so that focus and hover survive a refresh
-
-async function refreshRecent() {
+/** The same for what is kept in the browser. Gives what the action gave, or null. */
+function keeping(action) {
   try {
-    const page = await call(`/v1/generations?limit=${RECENT_LIMIT}`);
-    showRecent(page.data);
-    const all = page.data.length ? "" : "Nothing yet.";
-    $("recent-note").textContent = page.has_more ? `The newest ${RECENT_LIMIT}.` : all;
+    return action();
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
-    if (problem.status === 401) return askForKey();
-    $("recent-note").textContent = `${problem.title}.`;
+    showProblem(problem);
+    return null;
   }
 }
 
-function showRecent(generations) {
-  view.endedUnseen = generations.some(({ id, status }) => id === view.id && FINISHED.has(status));
-  const wanted = generations.map((generation) => recentRow(generation));
-  const list = $("recent");
-  const same = wanted.length === list.children.length && wanted.every((row, place) => row === list.children[place]);
-  if (same) return;
-  const focused = list.contains(document.activeElement) ? document.activeElement : null;
-  list.replaceChildren(...wanted);
-  focused?.focus();
+function showProblem({ title, detail = "", code }) {
+  $("problem-title").textContent = title;
+  $("problem-detail").textContent = detail;
+  $("problem-code").textContent = code;
+  $("problem").hidden = false;
 }
 
-function recentRow({ id, status, model, created_at: createdAt }) {
-  if (!rows.has(id)) rows.set(id, newRow(id));
-  const row = rows.get(id);
-  row.querySelector(".when").textContent = `${model} · ${ago(Date.now() - createdAt * 1000)}`;
-  showStatus(row.querySelector(".badge"), status);
-  markCurrent(row);
-  return row;
-}
+const clearProblem = () => ($("problem").hidden = true);
+const announce = (text) => ($("announce").textContent = text);
 
-function newRow(id) {
-  const link = element("a", "", "");
-  link.href = `#${encodeURIComponent(id)}`;
-  link.append(element("code", "", id), element("span", "when", ""), element("span", "badge", ""));
-  const row = document.createElement("li");
-  row.dataset.id = id;
-  row.append(link);
-  return row;
-}
+// ---- painting ----
 
-/** The row of the generation on the screen; while connected, its stream knows better than the last list. */
-function markCurrent(row) {
-  const current = row.dataset.id === view.id;
-  row.firstChild.setAttribute("aria-current", String(current));
-  if (current && view.source && view.status !== "joining") showStatus(row.querySelector(".badge"), view.status);
-}
-
-function showStatus(badge, status) {
-  if (badge.dataset.status === status) return;
-  badge.dataset.status = status;
-  badge.textContent = status.replace("_", " ");
-}
-
-const AGES = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
-
-function ago(elapsedMs) {
-  const seconds = Math.floor(elapsedMs / 1000);
-  const [size, unit] = AGES.find(([size]) => seconds >= size) ?? [];
-  return size ? `${Math.floor(seconds / size)} ${unit} ago` : "just now";
-}
-
-// ---------------------------------------------------------------- painting
-
-let painting = false;
+let frame = null;
+let notBefore = 0; // painting takes a quarter of the time at most, however long the answer
 
 /** Paint once before the next frame, however many events arrive until then. */
 function repaint() {
-  if (painting) return;
-  painting = true;
-  requestAnimationFrame(() => {
-    painting = false;
+  frame ??= requestAnimationFrame((now) => {
+    frame = null;
+    if (now < notBefore) return repaint();
     paint();
+    const done = performance.now();
+    notBefore = done + 3 * (done - now > 4 ? done - now : 0);
   });
 }
 
 function paint() {
-  paintFacts();
-  paintControls();
-  paintTimeline();
+  for (const turn of turns) turn.paint(answers.stateOf(turn.record), answers.liveOf(turn.record));
+  paintStrip();
   followEnd();
 }
 
-function paintFacts() {
-  showStatus($("status"), view.status);
-  $("connection").dataset.state = $("stage").dataset.connection = view.connection;
-  $("stage").dataset.live = running();
-  for (const [id, text] of Object.entries(facts())) {
-    if ($(id).textContent !== text) $(id).textContent = text;
-  }
-  const { text, tone } = notice();
-  $("notice").dataset.tone = tone;
-  if ($("notice").textContent !== text) $("notice").textContent = text;
+/** The strip of the answer that is being written, or was the last to be. */
+function paintStrip() {
+  const record = turns.at(-1)?.record;
+  const live = record ? answers.liveOf(record) : null;
+  const down = Date.now() < downUntil;
+  $("strip").hidden = !live;
+  $("drop").setAttribute("aria-pressed", String(down));
+  const left = Math.ceil((downUntil - Date.now()) / 1000);
+  const label = down ? `No network for ${left} s` : "Drop my network for 3 s";
+  if ($("drop").textContent !== label) $("drop").textContent = label;
+  if (!live) return;
+  strip.draw(live);
+  $("connection").dataset.state = live.state;
+  if ($("connection").textContent !== CONNECTION_WORDS[live.state])
+    $("connection").textContent = CONNECTION_WORDS[live.state];
 }
 
-function facts() {
-  const { usage } = view;
-  const known = view.id !== null;
-  return {
-    connection: CONNECTION_WORDS[view.connection],
-    "generation-id": view.id ?? "–",
-    "last-event-id": view.lastEventId ?? "–",
-    attempt: view.attempt ? String(view.attempt) : "–",
-    provider: view.provider ?? "–",
-    connections: known ? String(view.connections) : "–",
-    deltas: known ? String(view.deltas) : "–",
-    tokens: usage ? `${usage.input_tokens} in, ${usage.output_tokens} out` : "–",
-    "first-token": duration(view.createdAt, view.firstTokenAt),
-    elapsed: duration(view.createdAt, known ? view.finishedAt ?? Date.now() : null),
-    finish: view.finishReason ?? view.cancelledBy ?? "–",
-  };
-}
-
-function duration(from, to) {
-  if (from === null || to === null) return "–";
-  const ms = Math.max(0, to - from);
-  if (ms < 1000) return `${Math.round(ms)} ms`;
-  return ms < 60000 ? `${(ms / 1000).toFixed(1)} s` : `${Math.floor(ms / 60000)} min ${Math.floor(ms / 1000) % 60} s`;
-}
-
-/** One sentence on where things stand, and what can be done. */
-function notice() {
-  if (finished()) return ending();
-  const after = view.lastEventId ? ` after ${view.lastEventId}` : " from the start";
-  if (view.connection === "disconnected" && view.endedUnseen)
-    return { tone: "away", text: "It finished while you were away. Rejoin brings the rest." };
-  if (view.connection === "disconnected")
-    return { tone: "away", text: `Disconnected; the generation goes on without you. Rejoin continues${after}.` };
-  if (view.connection === "reconnecting")
-    return { tone: "away", text: `The connection dropped. The browser comes back by itself${after}.` };
-  if (view.status === "joining") return { tone: "calm", text: "Joining: reading the log from its start." };
-  if (view.status === "queued") return { tone: "calm", text: "Waiting for a worker." };
-  if (view.attempt > 1) {
-    const how = view.mode === "continued" ? "goes on where the last one stopped" : "started over";
-    return { tone: "away", text: `Attempt ${view.attempt} ${how}.` };
-  }
-  if (view.status === "in_progress")
-    return { tone: "calm", text: "Writing. Cut the connection, close the tab, come back: it goes on." };
-  return { tone: "calm", text: "Nothing is running. Start something, then leave it." };
-}
-
-function ending() {
-  const over = view.connections;
-  const by = view.cancelledBy === "disconnect" ? ", because nobody was reading" : "";
-  return {
-    completed: { tone: "calm", text: over > 1 ? `Complete, in one piece over ${over} connections.` : "Complete." },
-    incomplete: { tone: "away", text: `Stopped early: ${view.finishReason}.` },
-    failed: { tone: "bad", text: "Failed. What had arrived stays." },
-    cancelled: { tone: "away", text: `Cancelled${by}. What had arrived stays.` },
-  }[view.status];
-}
-
-function paintControls() {
-  $("cut").disabled = !view.source;
-  $("rejoin").disabled = !running() || view.source !== null;
-  $("cancel").disabled = !running() || view.cancelling;
-  $("copy").disabled = view.id === null;
-  const link = $("second-tab");
-  link.setAttribute("aria-disabled", String(view.id === null));
-  if (view.id) link.href = `/#${encodeURIComponent(view.id)}`;
-  else link.removeAttribute("href");
-  const dialects = $("dialects");
-  dialects.hidden = view.id === null;
-  if (view.id) dialects.href = `/playground/dialects.html#${encodeURIComponent(view.id)}`;
-  rows.forEach(markCurrent);
-}
-
-const announce = (text) => ($("announce").textContent = text);
-
-let pinned = true; // the answer scrolls along until its reader scrolls up
+let pinned = true; // the page scrolls along until its reader scrolls up
 
 function followEnd() {
-  if (pinned) $("answer").scrollTop = $("answer").scrollHeight;
+  const box = $("thread");
+  if (pinned && turns.length) box.scrollTop = box.scrollHeight;
+  $("latest").hidden = pinned || box.scrollHeight <= box.clientHeight;
 }
 
 function notePinned() {
-  const box = $("answer");
-  pinned = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
+  const box = $("thread");
+  pinned = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+  $("latest").hidden = pinned;
 }
 
-// ---------------------------------------------------------------- the timeline
-
-function paintTimeline() {
-  const canvas = $("timeline");
-  const ratio = devicePixelRatio || 1;
-  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
-  const pen = canvas.getContext("2d");
-  pen.scale(ratio, ratio);
-  const now = view.closedAt ?? Date.now();
-  const spanMs = Math.max(MIN_SPAN_MS, view.openedAt ? now - view.openedAt : 0);
-  const x = (at) => 2 + ((at - view.openedAt) / spanMs) * (width - 6);
-  drawGaps(pen, x, height, now);
-  drawTicks(pen, x, height);
-  drawVoids(pen, x, height);
-  describeTimeline(canvas, spanMs);
+function fitPrompt() {
+  const box = $("prompt");
+  box.style.height = "auto";
+  box.style.height = `${box.scrollHeight}px`;
+  drawControls(conversation());
 }
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+// ---- keys, clicks, addresses ----
 
-function drawGaps(pen, x, height, now) {
-  for (const { from, to } of view.gaps) {
-    const [left, right] = [x(from), x(to ?? now)];
-    pen.fillStyle = colour("--amber-wash");
-    pen.fillRect(left, 0, right - left, height);
-    pen.fillStyle = colour("--amber-line");
-    pen.fillRect(left, 0, 1, height);
-    pen.fillRect(right, 0, 1, height);
-  }
+const SHORTCUTS = {
+  KeyN: startNew,
+  KeyQ: () => $("prompt").focus(),
+  KeyR: retry,
+  KeyX: dropNetwork,
+  KeyK: () => dialog("shortcuts"),
+};
+
+function pressed(event) {
+  if (document.querySelector("dialog[open]")) return;
+  if (event.isComposing) return;
+  if (event.key === "Escape") return $("side").dataset.open ? openSide(false) : stop();
+  const shortcut = event.altKey && !event.ctrlKey && !event.metaKey && SHORTCUTS[event.code];
+  if (!shortcut) return;
+  event.preventDefault();
+  shortcut();
 }
 
-/** One line per two pixels; the more deltas share it, the bigger, so that a burst of catching up stands out. */
-function drawTicks(pen, x, height) {
-  const columns = new Map();
-  for (const at of view.ticks) {
-    const column = Math.round(x(at) / 2) * 2;
-    columns.set(column, (columns.get(column) ?? 0) + 1);
-  }
-  pen.fillStyle = colour("--accent");
-  for (const [column, count] of columns) {
-    const tall = Math.min(height - 6, height * (0.3 + 0.13 * Math.log2(count)));
-    pen.fillRect(column, (height - tall) / 2, 1.5 + 0.5 * Math.log2(count), tall);
-  }
+function pressedInPrompt(event) {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
 }
 
-function drawVoids(pen, x, height) {
-  pen.fillStyle = colour("--red");
-  for (const at of view.voids) pen.fillRect(x(at), 0, 2, height);
+/** On a narrow window the list of conversations lies over the page. */
+function openSide(shown) {
+  if (shown) $("side").dataset.open = "true";
+  else delete $("side").dataset.open;
+  $("veil").hidden = !shown;
+  $("menu").setAttribute("aria-expanded", String(shown));
+  if (shown) $("close-side").focus();
+  else if (document.activeElement && $("side").contains(document.activeElement)) $("menu").focus();
 }
 
-function describeTimeline(canvas, spanMs) {
-  const { ticks, gaps } = view;
-  const text = ticks.length ? `Deltas arrived: ${ticks.length}. Times away: ${gaps.length}.` : "No deltas yet";
-  if (canvas.getAttribute("aria-label") !== text) canvas.setAttribute("aria-label", text);
-  $("span").textContent = `${(spanMs / 1000).toFixed(0)} s`;
+function clicked({ target }) {
+  const copying = target.closest?.("button.copy");
+  if (copying) copy(copying.closest("figure").querySelector("pre").textContent, copying);
+  const idea = target.closest?.("#ideas button");
+  if (!idea) return;
+  $("prompt").value = idea.textContent;
+  fitPrompt();
+  send();
 }
 
-// ---------------------------------------------------------------- wiring
-
-function load() {
-  loadModels();
-  refreshRecent();
-  joinFromAddress();
+function wire() {
+  $("ask").addEventListener("submit", send);
+  $("key-form").addEventListener("submit", saveKey);
+  $("prompt").addEventListener("keydown", pressedInPrompt);
+  $("prompt").addEventListener("input", fitPrompt);
+  $("model").addEventListener("change", modelChosen);
+  $("stop").addEventListener("click", stop);
+  $("new").addEventListener("click", startNew);
+  $("drop").addEventListener("click", dropNetwork);
+  $("problem-close").addEventListener("click", clearProblem);
+  $("menu").addEventListener("click", () => openSide(true));
+  $("close-side").addEventListener("click", () => openSide(false));
+  $("veil").addEventListener("click", () => openSide(false));
+  $("conversations").addEventListener("click", ({ target }) => target.closest("a") && openSide(false));
+  $("shortcuts").addEventListener("click", () => dialog("shortcuts"));
+  $("latest").addEventListener("click", () => ((pinned = true), followEnd()));
+  $("skip").addEventListener("click", (event) => (event.preventDefault(), $("prompt").focus()));
+  $("home").addEventListener("click", (event) => (event.preventDefault(), startNew()));
+  onDialog("rename", rename);
+  onDialog("delete", remove);
+  onDialog("edit", edit);
+  onDialog("model", otherModel);
+  onDialog("shortcuts");
+  document.addEventListener("keydown", pressed);
+  document.addEventListener("click", clicked);
+  $("thread").addEventListener("scroll", notePinned, { passive: true });
+  addEventListener("hashchange", openFromAddress);
+  addEventListener("popstate", () => location.hash || open(null));
+  addEventListener("resize", repaint);
+  addEventListener("themechange", repaint);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+  conversations.onOtherTabs(changedElsewhere);
+  setInterval(() => (answers.lives.size || Date.now() < downUntil + 2 * CLOCK_MS) && repaint(), CLOCK_MS);
 }
 
-function onSubmit(form, action) {
-  $(form).addEventListener("submit", (event) => {
-    event.preventDefault();
-    action();
-  });
+/** Another tab asked, renamed, finished or deleted. */
+function changedElsewhere(id) {
+  if (id === current && !conversations.get(id)) return startNew();
+  draw();
+  answers.attend();
 }
 
-function startByKeyboard(event) {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.isComposing) {
-    event.preventDefault();
-    start();
-  }
-}
-
-function refreshWhenVisible() {
-  if (document.visibilityState === "visible" && $("key-form").hidden) refreshRecent();
-}
-
-onSubmit("ask", start);
-onSubmit("key-form", saveKey);
-$("prompt").addEventListener("keydown", startByKeyboard);
-$("prompt").addEventListener("input", allowStart);
-$("cut").addEventListener("click", cut);
-$("rejoin").addEventListener("click", rejoin);
-$("cancel").addEventListener("click", cancel);
-$("copy").addEventListener("click", copyId);
-$("answer").addEventListener("scroll", notePinned, { passive: true });
-addEventListener("hashchange", joinFromAddress);
-addEventListener("resize", repaint);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
-document.addEventListener("visibilitychange", refreshWhenVisible);
-setInterval(refreshWhenVisible, RECENT_MS);
-setInterval(() => running() && repaint(), CLOCK_MS);
-
-allowStart();
-paint();
-load();
+wire();
+fitPrompt();
+loadModels();
+openFromAddress();
+$("prompt").focus({ preventScroll: true });

@@ -1,5 +1,7 @@
 // One generation in every dialect, side by side: the bytes of each stream as they come, shown as text and nothing else.
 
+import { key } from "./server.js";
+
 const DIALECTS = [
   ["native", "Native SSE", "EventSource, curl: every event under its own id"],
   ["text", "Plain text", "the words alone"],
@@ -7,7 +9,6 @@ const DIALECTS = [
   ["responses", "Responses", "openai: numbered events, resumable"],
   ["ui_messages", "UI message stream", "Vercel AI SDK, useChat"],
 ];
-const KEY_ITEM = "rejoin.api-key"; // as in app.js
 
 function column(title, clients) {
   const section = document.getElementById("column").content.cloneNode(true).firstElementChild;
@@ -15,11 +16,6 @@ function column(title, clients) {
   section.querySelector(".hint").textContent = clients;
   document.getElementById("columns").append(section);
   return section;
-}
-
-function headers() {
-  const key = sessionStorage.getItem(KEY_ITEM);
-  return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
 function say(pre, text) {
@@ -33,7 +29,7 @@ async function show(id, [name, title, clients]) {
   section.dataset.testid = `dialect-${name}`;
   const pre = section.querySelector("pre");
   try {
-    const answer = await fetch(`/v1/generations/${id}/dialects/${name}`, { headers: headers() });
+    const answer = await fetch(`/v1/generations/${id}/dialects/${name}`, { headers: key.headers() });
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let part = await reader.read(); !part.done; part = await reader.read()) say(pre, part.value);
     section.dataset.state = answer.ok ? "ended" : "refused";

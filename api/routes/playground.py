@@ -20,7 +20,11 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-ASSETS = ("app.js", "style.css", "favicon.svg", "dialects.html", "dialects.js", "dialects.css")
+ASSETS = (
+    *("app.js", "answer.js", "answers.js", "connection.js", "conversations.js", "hub.js", "live.js"),
+    *("markdown.js", "markdown-it.js", "server.js", "sidebar.js", "strip.js", "theme.js", "turn.js"),
+    *("style.css", "favicon.svg", "dialects.html", "dialects.js", "dialects.css"),
+)
 
 
 @router.get("/")

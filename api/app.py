@@ -71,8 +71,8 @@ class Application(FastAPI):
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> Relay | None:
         """Answer, but for the relay that the answer may have begun."""
         relaying: list[Relay] = []
+        given = dict(scope)
         scope[RELAYING] = relaying
-        given = frozenset(scope)
         try:
             await super().__call__(scope, receive, send)
         except BaseException:
@@ -81,10 +81,9 @@ class Application(FastAPI):
             raise
         if not relaying:
             return None
-        del scope[RELAYING]
-        for name in scope.keys() - given:  # what the routing left there, its exit stacks above all
-            del scope[name]
-        scope.get("headers", []).clear()  # a browser sends two kilobytes of them, and nobody asks any more
+        scope.clear()  # of what the routing left there, its exit stacks above all; a table that has grown never shrinks
+        scope.update(given)
+        given.get("headers", []).clear()  # a browser sends two kilobytes of them, and nobody asks any more
         return relaying[0]
 
 

@@ -112,4 +112,6 @@ async def house(programs: dict[str, Path]) -> AsyncIterator[House]:
         redis = connect(store.url, connections=32, timeout_seconds=30)
         opened.push_async_callback(redis.aclose)
         settings = Settings(_env_file=None, redis_url=store.url, key_prefix=PREFIX, lease_seconds=LEASE_SECONDS)
-        yield House(folder, programs, processes, store, redis, EventLog(redis, settings))
+        logs = connect(store.url, connections=32, timeout_seconds=30)  # EventLog has XRANGE give it entries
+        opened.push_async_callback(logs.aclose)
+        yield House(folder, programs, processes, store, redis, EventLog(logs, settings))

@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import fakeredis
@@ -20,7 +21,7 @@ from shared.events import Cancelled, Completed, TextDelta, encode, fold
 from shared.prompt import Message, Prompt
 from tests.waiting import wait_until
 from worker import writer as writer_module
-from worker.writer import Lost, Writer
+from worker.writer import GATHER_SECONDS, Lost, Writer
 
 DONE = encode(Completed("stop"))
 
@@ -31,6 +32,7 @@ class Watched(EventLog):
     def __init__(self, redis: fakeredis.FakeAsyncRedis, settings: Settings) -> None:
         super().__init__(redis, settings)
         self.batches: list[list[Append]] = []
+        self.began: list[float] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.fails = 0
@@ -38,6 +40,7 @@ class Watched(EventLog):
 
     async def append(self, appends: Sequence[Append], run: Run | None = None) -> list[Answer]:
         self.batches.append(list(appends))
+        self.began.append(time.monotonic())
         await self.gate.wait()
         if self.fails:
             self.fails -= 1
@@ -114,6 +117,20 @@ async def test_what_gathers_while_an_append_is_in_flight_goes_in_the_next(log: W
             assert [len(one.events) for one in log.batches[0]] == [1]
             assert len(log.batches) == 2 and sorted(len(one.events) for one in log.batches[1]) == [33, 33, 33]
     assert await text_of(log, claims[0]) == "first " + "".join(f"{n} " for n in range(33))
+
+
+async def test_a_busy_writer_appends_once_a_millisecond(log: Watched) -> None:
+    """Events that come one by one right behind one another share appends; the first of them goes at once."""
+    claim = await claimed(log)
+    async with running(log) as writer:
+        with writer.open(claim, time.monotonic()) as attempt:
+            while len(log.began) < 10:
+                attempt.put(delta("word "))
+                await asyncio.sleep(0)
+            await attempt.settled()
+    first, second, *_ = (len(one.events) for (one,) in log.batches)
+    assert first < second, "the first did not wait for more"
+    assert all(later - before >= GATHER_SECONDS for before, later in pairwise(log.began))
 
 
 async def test_an_append_is_bounded(log: Watched) -> None:

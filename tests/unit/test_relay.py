@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from shared.event_log import Append, Claim, EventLog, Hint, new_id
 from shared.events import Completed, TextDelta, encode
 from shared.prompt import Prompt
 from shared.redis import connect
-from tests.processes import Processes, valkey
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
@@ -121,8 +119,8 @@ def texts(server: Server) -> list[str]:
 
 
 @asynccontextmanager
-async def house(url: str) -> AsyncIterator[House]:
-    settings = Settings(_env_file=None, redis_url=url)
+async def house(settings: Settings) -> AsyncIterator[House]:
+    url = settings.redis_url
     client, subscriber = connect(url, connections=4), connect(url, connections=1, timeout_seconds=None)
     log = EventLog(client, settings)
     tail = Tail(OneServer(subscriber), log, 5)
@@ -143,19 +141,9 @@ async def house(url: str) -> AsyncIterator[House]:
         await subscriber.aclose()
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = tmp_path_factory.mktemp("relay")
-    processes = Processes(folder)
-    server = valkey(processes, folder / "valkey")
-    server.start()
-    yield server.url
-    processes.end_all()
-
-
-async def test_news_go_to_a_client_that_keeps_up_without_a_task(store: str) -> None:
+async def test_news_go_to_a_client_that_keeps_up_without_a_task(settings: Settings) -> None:
     """Each push is one send, and nothing is kept in memory."""
-    async with house(store) as home:
+    async with house(settings) as home:
         server, relay = await home.client()
         before = len(server.sends)
         await home.write("a")
@@ -167,9 +155,9 @@ async def test_news_go_to_a_client_that_keeps_up_without_a_task(store: str) -> N
         assert feed is not None and feed._window is None and feed.floor == feed.last
 
 
-async def test_a_client_that_does_not_take_what_it_is_sent_gets_all_of_it_later(store: str) -> None:
+async def test_a_client_that_does_not_take_what_it_is_sent_gets_all_of_it_later(settings: Settings) -> None:
     """While it is behind, what comes waits for it, and the other clients do not."""
-    async with house(store) as home:
+    async with house(settings) as home:
         slow, _ = await home.client()
         quick, _ = await home.client()
         slow.unsent = 1000
@@ -184,9 +172,9 @@ async def test_a_client_that_does_not_take_what_it_is_sent_gets_all_of_it_later(
         await wait_until(lambda: texts(slow) == texts(quick) == ["a", "b", "c", "d"])
 
 
-async def test_a_push_too_large_for_one_send_is_read_bit_by_bit(store: str) -> None:
+async def test_a_push_too_large_for_one_send_is_read_bit_by_bit(settings: Settings) -> None:
     """What a client that never reads would cost is bounded."""
-    async with house(store) as home:
+    async with house(settings) as home:
         server, _ = await home.client()
         long = [str(n) * 5000 for n in range(10)]
         await home.write(*long)
@@ -194,9 +182,9 @@ async def test_a_push_too_large_for_one_send_is_read_bit_by_bit(store: str) -> N
         assert max(map(len, server.sends)) < 25_000
 
 
-async def test_what_a_page_gave_is_not_told_again(store: str) -> None:
+async def test_what_a_page_gave_is_not_told_again(settings: Settings) -> None:
     """A reader may have read further in the log than the subscription has come."""
-    async with house(store) as home:
+    async with house(settings) as home:
         await home.write("a", "b")
         server, relay = await home.client()
         reader, feed = relay._reader, relay._reader.feed
@@ -213,9 +201,9 @@ async def test_what_a_page_gave_is_not_told_again(store: str) -> None:
         await wait_until(lambda: texts(server) == ["a", "b", "c", "d"])
 
 
-async def test_the_end_completes_the_answer(store: str) -> None:
+async def test_the_end_completes_the_answer(settings: Settings) -> None:
     """The terminal event is the last bytes of a body that is complete, and the reader is gone."""
-    async with house(store) as home:
+    async with house(settings) as home:
         server, _ = await home.client()
         await home.write("a")
         await home.finish()
@@ -225,9 +213,9 @@ async def test_the_end_completes_the_answer(store: str) -> None:
         assert not home.tail._feeds and not home.drain.relays
 
 
-async def test_a_client_that_leaves_ends_its_feed(store: str) -> None:
+async def test_a_client_that_leaves_ends_its_feed(settings: Settings) -> None:
     """Nothing is left of it, whether it was level or behind."""
-    async with house(store) as home:
+    async with house(settings) as home:
         level, _ = await home.client()
         behind, relay = await home.client()
         behind.unsent = 1000
@@ -248,9 +236,9 @@ class Broken(Native):
         return super().render(entries)
 
 
-async def test_a_mistake_in_rendering_breaks_off_that_stream_alone(store: str) -> None:
+async def test_a_mistake_in_rendering_breaks_off_that_stream_alone(settings: Settings) -> None:
     """The others go on, the mistake is raised where the server sees it, and the body does not look complete."""
-    async with house(store) as home:
+    async with house(settings) as home:
         bad, _ = await home.client(Broken())
         good, _ = await home.client()
         await home.write("poison")
@@ -261,9 +249,9 @@ async def test_a_mistake_in_rendering_breaks_off_that_stream_alone(store: str) -
         assert bad.is_aborted and not bad.is_complete and texts(bad) == []
 
 
-async def test_a_server_that_hides_its_transport_is_served_by_the_pump(store: str) -> None:
+async def test_a_server_that_hides_its_transport_is_served_by_the_pump(settings: Settings) -> None:
     """Slower, and the same words; where the stream has to be broken off, an error says so."""
-    async with house(store) as home:
+    async with house(settings) as home:
         server, _ = await home.client(Broken(), transport=False)
         await home.write("a")
         await home.write("b")
@@ -274,18 +262,18 @@ async def test_a_server_that_hides_its_transport_is_served_by_the_pump(store: st
         assert not server.is_complete
 
 
-async def test_a_server_that_goes_down_tells_a_client_that_is_level(store: str) -> None:
+async def test_a_server_that_goes_down_tells_a_client_that_is_level(settings: Settings) -> None:
     """It ends its stream properly, with the time after which to come back."""
-    async with house(store) as home:
+    async with house(settings) as home:
         server, relay = await home.client()
         relay.drain()
         await asyncio.wait_for(home.running[0], 5)
         assert server.is_complete and b"retry: " in server.sends[-1]
 
 
-async def test_a_silent_stream_is_pinged(store: str) -> None:
+async def test_a_silent_stream_is_pinged(settings: Settings) -> None:
     """A ping comes when nothing was said for so long, and not after each word."""
-    async with house(store) as home:
+    async with house(settings) as home:
         home.settings = home.settings.model_copy(update={"ping_seconds": 0.3})
         server, _ = await home.client()
         await wait_until(lambda: server.body.count(b":\n\n") >= 2)

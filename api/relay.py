@@ -275,8 +275,9 @@ class Relay(StreamingResponse):
             if not entries or not self._has_taken_all():
                 self._wake_pump()
                 return False
-            self._held = self._render(entries)
-            if self._held.is_over or not self._held.body or not self._write_held():
+            said = self._render(entries)
+            if said.is_over or not said.body or not self._write(said.body):
+                self._held = said
                 self._wake_pump()
         except Exception as error:  # the feed goes on for the others
             self._break_off(error)
@@ -285,13 +286,13 @@ class Relay(StreamingResponse):
     def _has_taken_all(self) -> bool:
         return self._transport is not None and not self._transport.get_write_buffer_size()
 
-    def _write_held(self) -> bool:
-        """Write what is held without waiting. False if the server would wait: it does before it takes anything."""
-        sending = self._send({"type": "http.response.body", "body": self._held.body, "more_body": True})
+    def _write(self, body: bytes) -> bool:
+        """Write without waiting. False if the server would wait: it does before it takes anything."""
+        sending = self._send({"type": "http.response.body", "body": body, "more_body": True})
         try:
             sending.send(None)
         except StopIteration:
-            self._held, self._spoke_at = NOTHING, time.monotonic()
+            self._spoke_at = time.monotonic()
             return True
         sending.close()
         return False

@@ -114,7 +114,8 @@ class Feed:
 
     def _extend(self, entries: Iterable[Entry]) -> list[Entry]:
         assert self.last is not None
-        window = None if all(reader.on_news is not None for reader in self.readers) else (self._window or deque())
+        is_any_behind = None in [reader.on_news for reader in self.readers]
+        window = (self._window or deque()) if is_any_behind else None
         new: list[Entry] = []
         for entry in entries:
             position = entry.position
@@ -218,7 +219,7 @@ class Reader:
         if self._waiter is not None:
             _finish(self._waiter)
         elif self.on_news is not None:
-            if sum([len(entry.data) for entry in entries]) > MAX_BATCH_BYTES:
+            if len(entries) > 1 and sum([len(entry.data) for entry in entries]) > MAX_BATCH_BYTES:
                 entries = []  # to be read from the log, bit by bit
             if not self.on_news(entries):
                 self.page = entries

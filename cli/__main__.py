@@ -11,8 +11,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
+from cli.addresses import Addresses
 from shared.config import Settings, load
-from shared.errors import RejoinError, SettingsError
+from shared.errors import RejoinError
 from shared.events import Status
 
 if TYPE_CHECKING:
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
 Running: TypeAlias = Coroutine[Any, Any, int]
 Command: TypeAlias = Callable[[argparse.Namespace, Settings], Running]
 DATA = Path(".rejoin")
+USUAL_URL = str(Settings.model_fields["url"].default)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 for what was done, 2 for a wrong setting or option (named in one line); see docs/terminal.md."""
-    options = parser().parse_args(argv)
+    options, unknown = parser().parse_known_args(argv)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # with the usage of that command
     run: Command = options.run
     if run is not _up:
         for number in (signal.SIGTERM, signal.SIGHUP):  # leave as Ctrl-C does, with the terminal as it was
@@ -43,9 +47,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(error: RejoinError) -> int:
-    if isinstance(error, SettingsError):
-        print(f"rejoin: {error.message}", file=sys.stderr)
-        return 2
     from cli.ask import exit_code
     from cli.screens import notice
 
@@ -96,12 +97,23 @@ def _server(options: argparse.Namespace, settings: Settings) -> Server:
     from cli.client import Server
 
     key = settings.api_key.get_secret_value() if settings.api_key else None
-    return Server(options.url or settings.url, key, options.patience)
+    return Server(_url(options, settings), key, options.patience)
+
+
+def _url(options: argparse.Namespace, settings: Settings) -> str:
+    """What was said, or the `rejoin up` of this folder, or where one usually is."""
+    if options.url is not None:
+        return str(options.url)
+    if "url" in settings.model_fields_set and settings.url:
+        return settings.url
+    found = Addresses.read(DATA)
+    return found.api if found else USUAL_URL
 
 
 def parser() -> argparse.ArgumentParser:
     """The table."""
     table = argparse.ArgumentParser(prog="rejoin", description="LLM streams that you can leave and rejoin.")
+    table.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
     commands = table.add_subparsers(dest="command", required=True)
 
     up = _command(commands, "up", _up, "start the store, the api and the workers on this machine")
@@ -152,14 +164,30 @@ def parser() -> argparse.ArgumentParser:
     return table
 
 
+class _Version(argparse.Action):
+    """Of this checkout, or of the package that is installed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *typed: object) -> None:
+        import tomllib
+        from importlib.metadata import version
+
+        project = Path(__file__).parent.parent / "pyproject.toml"
+        is_checkout = project.exists()
+        found = tomllib.loads(project.read_text())["project"]["version"] if is_checkout else version("rejoin")
+        print(f"rejoin {found}")
+        parser.exit()
+
+
 def _command(commands: Any, name: str, run: Command, help: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def _asks_a_server(parser: argparse.ArgumentParser, json_gives: str) -> None:
-    parser.add_argument("--url", help="address of the Rejoin (default REJOIN_URL, http://127.0.0.1:8000)")
+    parser.add_argument(
+        "--url", help=f"address of the Rejoin (default: REJOIN_URL, the `rejoin up` of this folder, {USUAL_URL})"
+    )
     parser.add_argument("--json", action="store_true", help=json_gives)
     parser.add_argument(
         "--patience",
@@ -172,12 +200,15 @@ def _asks_a_server(parser: argparse.ArgumentParser, json_gives: str) -> None:
 
 def _at_least(least: float, kind: type[int] | type[float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(-1)
         if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"at least {least}")
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r}: write a {name}, at least {least}")
         return value
 
-    parse.__name__ = "number"  # as argparse calls it where it is none
     return parse
 
 

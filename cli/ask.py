@@ -138,28 +138,31 @@ class CtrlC:
 
 async def _read(rejoin: Rejoin, generation_id: str, after: str | None, as_json: bool, ctrl_c: CtrlC | None) -> int:
     """Show a generation to its end; the exit code of how that was."""
-    is_pressed = False
+    is_pressed, state = False, Snapshot()
     try:
         async with _screen(generation_id, after, as_json) as screen:
-            rejoin.on_lost, rejoin.on_back = screen.lost, screen.back
+            rejoin.on_lost, rejoin.on_back, rejoin.on_unknown = screen.lost, screen.back, screen.unknown
             cancelling = asyncio.create_task(_cancel_when_pressed(ctrl_c, rejoin, generation_id, screen))
             try:
-                state = await _hear(rejoin, generation_id, after, screen)
+                await _hear(rejoin, generation_id, after, screen, state)
             finally:
                 cancelling.cancel()
                 is_pressed = ctrl_c is not None and ctrl_c.pressed.is_set()
             screen.end(state)
     except (asyncio.CancelledError, KeyboardInterrupt):
-        what = f"cancel {generation_id}, if it still runs" if is_pressed else f"join {generation_id} to go on"
-        notice(f"left; rejoin {what}")
+        last = state.last_event_id or after
+        go_on = f"join {generation_id}" + (f" --after {last}" if last else "")
+        cancel = f"cancel {generation_id}, if it still runs"
+        left = f"whether it was cancelled is not known: rejoin {cancel}" if is_pressed else f"to go on: rejoin {go_on}"
+        notice(f"left; {left}")
         raise
     if state.status == "cancelled" and is_pressed:
         return INTERRUPTED
     return COMPLETED if state.status == "completed" else NO_ANSWER
 
 
-async def _hear(rejoin: Rejoin, generation_id: str, after: str | None, screen: Screen) -> Snapshot:
-    state = Snapshot()
+async def _hear(rejoin: Rejoin, generation_id: str, after: str | None, screen: Screen, state: Snapshot) -> None:
+    """Fold what comes into `state`, and show it."""
     async with aclosing(rejoin.follow(generation_id, after)) as entries:
         async for entry in entries:
             state.add(entry)
@@ -167,7 +170,6 @@ async def _hear(rejoin: Rejoin, generation_id: str, after: str | None, screen: S
     if state.last_event_id is None:  # what we came with was its last event
         state.status = (await rejoin.snapshot(generation_id))["status"]
         screen.tell(f"nothing follows that event; the generation is {state.status}")
-    return state
 
 
 async def _cancel_when_pressed(ctrl_c: CtrlC | None, rejoin: Rejoin, generation_id: str, screen: Screen) -> None:
@@ -201,7 +203,7 @@ def _checked(generation_id: str) -> str:
 
 def _print_started(started: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json({name: started[name] for name in ("id", "status", "model", "created_at")})
+        _print_json(started)
     else:
         write(visible(started["id"]).encode() + b"\n")
 

@@ -29,7 +29,7 @@ STEADY_SECONDS = 2.0  # a connection that lasts this long is one, also when it s
 ANSWER_SECONDS = 15.0  # that a server has to begin its answer
 SILENCE_SECONDS = 60.0  # four pings that did not come: the connection is dead, though nobody said so
 PAGE = 100
-NO_REJOIN = "what came is not from a Rejoin; another address: --url or REJOIN_URL"
+ELSEWHERE = "another address: --url or REJOIN_URL"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 REFUSALS: dict[int, type[CallerError]] = {
     400: errors.BadRequest,
@@ -65,9 +65,13 @@ class Rejoin:
         server: Server,
         on_lost: Callable[[str, float], None] = lambda why, pause_seconds: None,
         on_back: Callable[[], None] = lambda: None,
+        on_unknown: Callable[[str], None] = lambda after: None,
     ) -> None:
-        """Raises SettingsError for an address or a key that cannot be one."""
-        self.on_lost, self.on_back = on_lost, on_back
+        """`on_unknown(after)` is told that the log has no event `after`, so that all of it follows.
+
+        Raises SettingsError for an address or a key that cannot be one."""
+        self.on_lost, self.on_back, self.on_unknown = on_lost, on_back, on_unknown
+        self._has_key = bool(server.key)
         self._url = _address(server.url)
         self._patience_seconds = server.patience_seconds
         self._retry_seconds = RETRY_SECONDS
@@ -86,17 +90,17 @@ class Rejoin:
         await self._http.aclose()
 
     async def start(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Start a generation; its `id`, `status`, `model`, `created_at`."""
+        """Start a generation; what the api answered, its `id` among it."""
         key = {"Idempotency-Key": uuid.uuid4().hex}
         answer = await self._ask("POST", "/v1/generations", content=orjson.dumps(body), headers=key)
-        return _with(answer, "id", "status", "model", "created_at")
+        return self._with(answer, "id", "status", "model", "created_at")
 
     async def snapshot(self, generation_id: str) -> dict[str, Any]:
-        return _with(await self._ask("GET", f"/v1/generations/{generation_id}"), "status")
+        return self._with(await self._ask("GET", f"/v1/generations/{generation_id}"), "status")
 
     async def cancel(self, generation_id: str) -> dict[str, Any]:
         """End it; the final snapshot."""
-        return _with(await self._ask("POST", f"/v1/generations/{generation_id}/cancel"), "status")
+        return self._with(await self._ask("POST", f"/v1/generations/{generation_id}/cancel"), "status")
 
     async def listing(self, limit: int, status: str | None) -> dict[str, Any]:
         """The caller's newest generations, at most `limit`, and whether there are more."""
@@ -109,7 +113,7 @@ class Rejoin:
                 "after": found[-1]["id"] if found else None,
             }
             page = await self._ask("GET", "/v1/generations", params={k: v for k, v in query.items() if v is not None})
-            found += _with(page, "data", "has_more")["data"]
+            found += self._with(page, "data", "has_more")["data"]
             has_more = page["has_more"]
         return {"data": found, "has_more": has_more}
 
@@ -128,11 +132,12 @@ class Rejoin:
 
         Raises what the server refuses it with, and Unavailable when it could not be rejoined for too long."""
         outage = Outage(self._patience_seconds, lambda: self.on_back())
+        unheard = after  # a cursor from elsewhere may be wrong; one from this very log is its own business
         while True:
             try:
-                async with aclosing(self._one_connection(generation_id, after, outage)) as entries:
+                async with aclosing(self._one_connection(generation_id, after, unheard, outage)) as entries:
                     async for entry in entries:
-                        after = entry.id.decode()
+                        after, unheard = entry.id.decode(), None
                         yield entry
                         if is_terminal(entry.data):
                             return
@@ -147,11 +152,13 @@ class Rejoin:
                 pause_seconds = outage.pause(self._retry_seconds, why)
             except Unavailable as error:
                 go_on = f"rejoin join {generation_id}" + (f" --after {after}" if after else "")
-                raise Unavailable(f"{error.message}; it goes on without us: {go_on}") from None
+                raise Unavailable(f"{error.message}; the answer may go on at the server: {go_on}") from None
             self.on_lost(why, pause_seconds)
             await asyncio.sleep(pause_seconds)
 
-    async def _one_connection(self, generation_id: str, after: str | None, outage: Outage) -> AsyncGenerator[Entry]:
+    async def _one_connection(
+        self, generation_id: str, after: str | None, unheard: str | None, outage: Outage
+    ) -> AsyncGenerator[Entry]:
         """The entries that one connection brings. The outage is over with the first, or when it has held for a while:
         one that ends at once without any was only to say "come back"."""
         headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
@@ -167,14 +174,19 @@ class Rejoin:
                 raise AtEnd
             if response.status_code != 200:
                 await response.aread()
-                _judge(response)
+                self._judge(response)
+            if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                raise self._stranger("something else")
+            resumed_from = response.headers.get("rejoin-resumed-from", after)
+            if unheard and not unheard.startswith("0-") and resumed_from != unheard:
+                self.on_unknown(unheard)
             stack.callback(asyncio.get_running_loop().call_later(STEADY_SECONDS, outage.end).cancel)
             async for block in httpx2.EventSource(response):
                 if block.retry is not None:
                     self._retry_seconds = block.retry / 1000
                 if block.data:
                     outage.end()
-                    yield _entry(block)
+                    yield self._entry(block)
 
     async def _ask(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         """The JSON object that answers a short request; an outage is waited for."""
@@ -185,7 +197,7 @@ class Rejoin:
                 async with asyncio.timeout(outage.limit(ANSWER_SECONDS)):
                     response = await self._http.request(method, path, **request)
                 self._has_answered = True
-                return _judge(response)
+                return self._judge(response)
             except (httpx2.RequestError, TimeoutError) as error:
                 why = self._lost(error)
             except Unavailable as error:
@@ -201,8 +213,53 @@ class Rejoin:
         else:
             why = str(error) if isinstance(error, httpx2.ConnectError) else "the connection broke"
         if not self._has_answered and isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-            raise Unreachable(f"cannot reach {self._url} ({why}); is it up? Another address: --url or REJOIN_URL")
+            raise Unreachable(f"cannot reach {self._url} ({why}); is it up? `rejoin up` starts one here; {ELSEWHERE}")
+        if not self._has_answered and isinstance(error, httpx2.RemoteProtocolError) and "disconnect" not in str(error):
+            raise self._stranger("something that is no HTTP")
         return why
+
+    def _judge(self, response: httpx2.Response) -> dict[str, Any]:
+        """The answer's JSON object. Raises the error that a refusal is; Unavailable where the same may work later."""
+        try:
+            body = orjson.loads(response.content)
+        except orjson.JSONDecodeError:
+            body = None
+        status = response.status_code
+        if 200 <= status < 300 and isinstance(body, dict):
+            return body
+        if not isinstance(body, dict) or not body.keys() >= {"detail", "code"}:
+            if status in LATER:
+                raise Unavailable(f"the server answered {status}")
+            raise self._stranger(str(status))
+        message = str(body["detail"])
+        if status in LATER:
+            raise Unavailable(message, retry_after=_retry_after(response))
+        if status == 410:
+            raise Gone(message, outcome=str(body.get("outcome")))
+        if status == 401:
+            problem = "does not know the key that was sent" if self._has_key else "wants a key, and none was sent"
+            message = f"{self._url} {problem}: set REJOIN_API_KEY to a key of that server"
+        raise REFUSALS[status](message) if status in REFUSALS else OurError(f"the server answered {status}: {message}")
+
+    def _entry(self, block: httpx2.ServerSentEvent) -> Entry:
+        """Raises BadRequest for an event that no Rejoin writes."""
+        data = block.data.encode()
+        try:
+            if EVENT_ID.fullmatch(block.id) and data.startswith(b'{"type":"'):
+                decode(data)
+                return Entry(block.id.encode(), data)
+        except (ValueError, AttributeError, TypeError):
+            pass
+        raise self._stranger("something else")
+
+    def _with(self, answer: dict[str, Any], *names: str) -> dict[str, Any]:
+        """The answer, which has these. Raises BadRequest."""
+        if not answer.keys() >= set(names):
+            raise self._stranger("something else")
+        return answer
+
+    def _stranger(self, answer: str) -> BadRequest:
+        return BadRequest(f"{self._url} answered {answer}: is that a Rejoin? Otherwise {ELSEWHERE}")
 
 
 class Unreachable(OurError):
@@ -244,60 +301,26 @@ class Outage:
             self._on_end()
 
 
-def _judge(response: httpx2.Response) -> dict[str, Any]:
-    """The answer's JSON object. Raises the error that a refusal is; Unavailable where the same may work later."""
-    try:
-        body = orjson.loads(response.content)
-    except orjson.JSONDecodeError:
-        body = None
-    status = response.status_code
-    if 200 <= status < 300 and isinstance(body, dict):
-        return body
-    if not isinstance(body, dict) or "detail" not in body:
-        if status in LATER:
-            raise Unavailable(f"the server answered {status}")
-        raise BadRequest(f"{response.url} answered {status}: is that a Rejoin? Another address: --url or REJOIN_URL")
-    message = str(body["detail"])
-    if status in LATER:
-        raise Unavailable(message, retry_after=_retry_after(response))
-    if status == 410:
-        raise Gone(message, outcome=str(body.get("outcome")))
-    if status == 401:
-        message += " (the key is read from REJOIN_API_KEY)"
-    raise REFUSALS[status](message) if status in REFUSALS else OurError(f"the server answered {status}: {message}")
-
-
 def _retry_after(response: httpx2.Response) -> int:
     said = response.headers.get("retry-after", "")
     return int(said) if re.fullmatch(r"\d{1,4}", said) else 1
 
 
-def _entry(block: httpx2.ServerSentEvent) -> Entry:
-    """Raises OurError for an event that no Rejoin writes."""
-    data = block.data.encode()
-    try:
-        if EVENT_ID.fullmatch(block.id) and data.startswith(b'{"type":"'):
-            decode(data)
-            return Entry(block.id.encode(), data)
-    except (ValueError, AttributeError, TypeError):
-        pass
-    raise OurError(NO_REJOIN)
-
-
-def _with(answer: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The answer, which has these. Raises OurError."""
-    if not answer.keys() >= set(names):
-        raise OurError(NO_REJOIN)
-    return answer
-
-
 def _address(url: str) -> httpx2.URL:
+    """Raises SettingsError, which shows the value unless there may be a password in it."""
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
         parsed = httpx2.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
-        raise SettingsError("REJOIN_URL or --url: write http://host:port, without a user; a key goes to REJOIN_API_KEY")
+    where = "--url or REJOIN_URL"
+    if "@" in url:
+        raise SettingsError(f"{where}: write http://host:port, without a user; a key goes to REJOIN_API_KEY")
+    if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 0) > 65535:
+        right = f"http://{url}" if re.fullmatch(r"[A-Za-z0-9.-]+(:\d{1,4})?", url) else "http://127.0.0.1:8000"
+        raise SettingsError(f"{where}: {url!r} is no address of a server; write one like {right}")
+    if re.search(r"/v1/?$", parsed.path):
+        right = re.sub(r"/v1/?$", "", url)
+        raise SettingsError(f"{where}: {url!r}: leave out /v1, which is for OpenAI's clients; write {right}")
     return parsed
 
 

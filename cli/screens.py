@@ -81,6 +81,9 @@ class Screen(Protocol):
 
     def back(self) -> None: ...
 
+    def unknown(self, after: str) -> None:
+        """The log has no event `after`, behind which the reader wanted to go on: all of it follows."""
+
     def end(self, state: Snapshot) -> None: ...
 
 
@@ -108,6 +111,9 @@ class Piped:
         notice("rejoined")
         self._is_lost = False
 
+    def unknown(self, after: str) -> None:
+        notice(f"{not_in_log(after)}; it begins again from the start")
+
     def hear(self, entry: Entry, event: Event | None, state: Snapshot) -> None:
         raise NotImplementedError
 
@@ -125,6 +131,13 @@ class PlainText(Piped):
         super().__init__()
         self._generation_id = generation_id
         self._has_written = has_earlier
+
+    def unknown(self, after: str) -> None:
+        """Raises Void: what comes cannot be put behind what the reader has."""
+        raise Void(
+            f"{not_in_log(after)}, so nothing can follow it: the id is wrong, or what you have is void. "
+            f"It begins again from the start: rejoin join {self._generation_id}"
+        )
 
     def hear(self, entry: Entry, event: Event | None, state: Snapshot) -> None:
         """Raises Void when the answer starts over."""
@@ -170,6 +183,7 @@ class Terminal:
         self._kind: type[Event] = TextDelta
         self._pending = ""  # what is drawn again and again
         self._has_printed = False
+        self._begins_again = False  # which has been said
         self._pace = Pace()
         self._tokens = 0  # of this attempt: an event of output is mostly one
         self._trouble = ""
@@ -206,6 +220,10 @@ class Terminal:
         self._trouble = ""
         self._pace = Pace()
 
+    def unknown(self, after: str) -> None:
+        self._rule(f"{not_in_log(after)}: the answer from its start")
+        self._begins_again = True
+
     def hear(self, entry: Entry, event: Event | None, state: Snapshot) -> None:
         self._state, self._trouble = state, ""
         match event:
@@ -226,18 +244,21 @@ class Terminal:
             self._print(Text(line, style="cyan"))
         if ending := ending_of(state):
             self._print(Text(visible(ending), style="red" if state.status == "failed" else "yellow"))
-        self._print(Text(" · ".join([*figures_of(state, self._tokens), self._generation_id]), style="dim"))
+        figures = " · ".join(figures_of(state, self._tokens))
+        self._print(Text("\n".join(filter(None, [figures, self._generation_id])), style="dim"))
 
     def _start(self, event: Started) -> None:
         if event.mode == "fresh":
-            if self._has_printed or self._pending:
-                self._settle(everything=True)
-                title = (
+            if (self._has_printed or self._pending) and not self._begins_again:
+                self._rule(
                     f"attempt {event.attempt}: the worker was lost and the answer starts over; void is what is above"
                 )
-                self._print(Rule(Text(title, style="yellow"), style="yellow"))
-            self._pending, self._tokens = "", 0
+            self._pending, self._tokens, self._begins_again = "", 0, False
         self._pace = Pace()
+
+    def _rule(self, title: str) -> None:
+        self._settle(everything=True)
+        self._print(Rule(Text(title, style="yellow"), style="yellow"))
 
     def _say(self, kind: type[Event], text: str) -> None:
         if kind is not self._kind:
@@ -279,7 +300,7 @@ class Terminal:
         return Text(text, style="yellow") if self._kind is RefusalDelta else Answer(text)
 
     def _frame(self) -> RenderableType:
-        height = max(1, self._console.height - 4)
+        height = max(1, self._console.height - 5)
         parts: list[RenderableType] = [Text()] if self._has_printed else []
         if self._pending.strip():
             parts += [Harmless(self._drawn(self._pending), height), Text()]
@@ -300,8 +321,8 @@ class Terminal:
             words.append("waiting for the first token")
         elif self._state.finished_at is None and (rate := self._pace.tokens_per_second):
             words.append(f"{rate:.1f} tokens/s")
-        words.append(self._generation_id)
         row.add_row(self._spinner, Text(" · ".join(words), style="dim", no_wrap=True, overflow="ellipsis"))
+        row.add_row("", Text(self._generation_id, style="dim", no_wrap=True))
         return row
 
 
@@ -369,6 +390,10 @@ def write(data: bytes) -> None:
     """To standard output, at once. Raises BrokenPipeError when nobody reads it any more."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
+
+
+def not_in_log(after: str) -> str:
+    return f"event {visible(after)} is not in the log (any more)"
 
 
 def calls_of(state: Snapshot) -> list[str]:

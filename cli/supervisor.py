@@ -1,4 +1,7 @@
-"""Keep a few processes running: start, watch, restart, end in order. Knows nothing of what they do."""
+"""Keep a few processes running: start, watch, restart, end in order. Knows nothing of what they do.
+
+One rule: no child outlives its supervisor, however that ends.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,19 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TextIO
 
 STEADY_SECONDS = 10.0  # a process that ran this long is restarted at once
 MAX_PATIENCE_SECONDS = 5.0
+
+# Becomes the program it is given, which the kernel asks to stop when the supervisor dies (prctl(2), PR_SET_PDEATHSIG;
+# it outlasts exec). A program and no `preexec_fn`: between fork and exec a process with threads can run no Python.
+LEASH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):  # else it died before we asked
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass
@@ -49,7 +62,7 @@ class Supervisor:
                 await child.on_death(child.process.pid)
             steady = time.monotonic() - started > STEADY_SECONDS
             patience = 0.1 if steady else min(patience * 2, MAX_PATIENCE_SECONDS)
-            tell(f"{child.name} ended ({_describe(code)}); starting it again")
+            self.tell(f"{child.name} ended ({_describe(code)}); starting it again")
             try:
                 async with asyncio.timeout(patience):
                     await self.ending.wait()
@@ -67,14 +80,24 @@ class Supervisor:
                 async with asyncio.timeout(child.stop_seconds):
                     await child.process.wait()
             except TimeoutError:
-                tell(f"{child.name} did not stop within {child.stop_seconds:g} s; killing it")
+                self.tell(f"{child.name} did not stop within {child.stop_seconds:g} s; killing it")
                 _signal(child, signal.SIGKILL)
                 await child.process.wait()
+
+    def tell(self, line: str, out: TextIO | None = None) -> None:
+        """A line on `out`, standard error if None. When nobody can read it any more (`| head`, a terminal that was
+        closed), the end is asked for: a house that cannot be heard is one that was left."""
+        out = out or sys.stderr
+        try:
+            print(line, file=out, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+            self.ending.set()
 
     async def _run(self, child: Child) -> int:
         child.starts += 1
         child.process = await asyncio.create_subprocess_exec(
-            *child.argv,
+            *_leashed(child.argv),
             env=dict(child.env),
             pass_fds=child.pass_fds,
             stdin=asyncio.subprocess.DEVNULL,
@@ -86,12 +109,15 @@ class Supervisor:
             _signal(child, signal.SIGTERM)
         assert child.process.stdout is not None
         while line := await child.process.stdout.readline():
-            tell(f"{child.name:<9}| {line.decode(errors='replace').rstrip()}")
+            self.tell(f"{child.name:<9}| {line.decode(errors='replace').rstrip()}")
         return await child.process.wait()
 
 
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _leashed(argv: Sequence[str]) -> Sequence[str]:
+    """Elsewhere than on Linux a child can outlive a supervisor that is killed: nothing there covers every program."""
+    if sys.platform != "linux":
+        return argv
+    return [sys.executable, "-I", "-S", "-c", LEASH, str(os.getpid()), *argv]
 
 
 def _runs(child: Child) -> bool:

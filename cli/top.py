@@ -39,6 +39,8 @@ ORDER_FIELDS = ["model", "status", "created", "attempts", "owner"]
 ENDED = ("completed", "failed", "cancelled", "incomplete")
 STYLES = {"in_progress": "cyan", "queued": "yellow", "ok": "green", "noeviction": "green"}
 WIDE = 120
+MORE = (">attempt", ">apis reading", "worker")  # columns for which a narrow screen has no room
+ID_WIDTH = 32  # an id that is cut is of no use
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,19 @@ async def top(
     is_named = "redis_url" in settings.model_fields_set and data is None
     found = None if is_named else Addresses.read(data or default_data)
     if data is not None and (found is None or found.store is None):
-        raise Unavailable(f"no `rejoin up` with a store of its own has left word in {data}; is that its --data?")
+        raise Unavailable(
+            f"no `rejoin up` with a store of its own runs on {data}; start one, or is another folder its --data?"
+        )
     redis_url = found.store if found and found.store else settings.redis_url
-    api = url or (found.api if found else settings.url)
+    api = url or (found.api if found else settings.url or Settings.model_fields["url"].default)
+    where = "; is it up? See REDIS_URL"
+    if not is_named and found is None:
+        where = f", and no `rejoin up` runs on {default_data}: start one, or name its folder (--data) or REDIS_URL"
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(aclosing(servers_of(redis_url, connections=2)))
         queue = await stack.enter_async_context(connect(queue_url(settings, redis_url), connections=2, retries=0))
         rejoin = await stack.enter_async_context(Rejoin(Server(api, None, 0)))
-        watch = Watch(servers, queue, Keys(settings.key_prefix), rejoin, api)
+        watch = Watch(servers, queue, Keys(settings.key_prefix), rejoin, api, where)
         out = console()
         if out.is_terminal and not once and not as_json:
             await _show(watch, out, interval_seconds)
@@ -138,9 +145,18 @@ async def _print(watch: Watch, out: Console, interval_seconds: float, *, once: b
         if as_json:
             write(orjson.dumps(asdict(look) | {"running": look.running}, option=orjson.OPT_APPEND_NEWLINE))
         else:
-            out.print(Harmless(drawn(look, rows=MOST, is_wide=out.width >= WIDE)))
+            _print_look(drawn(look, rows=MOST, is_wide=out.width >= WIDE), out)
         if once:
             return
+
+
+def _print_look(look: RenderableType, out: Console) -> None:
+    if out.is_terminal:
+        out.print(Harmless(look))
+        return
+    with out.capture() as captured:  # tables fill their last column, which in a file is but blanks
+        out.print(Harmless(look))
+    write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()).encode())
 
 
 async def _show(watch: Watch, out: Console, interval_seconds: float) -> None:
@@ -159,7 +175,7 @@ async def _show(watch: Watch, out: Console, interval_seconds: float) -> None:
 def _screen(look: Look | None, trouble: str, out: Console) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(visible(trouble), style="bold red"), Text()] if trouble else []
     if look is not None:
-        used = 9 + len(look.stores) + len(look.workers) + len(parts)
+        used = 10 + len(look.stores) + len(look.workers) + len(parts)
         parts.append(drawn(look, rows=max(1, out.height - used), is_wide=out.width >= WIDE))
     return parts
 
@@ -167,7 +183,9 @@ def _screen(look: Look | None, trouble: str, out: Console) -> list[RenderableTyp
 class Watch:
     """The connections of one `rejoin top`, and the looks it has had."""
 
-    def __init__(self, servers: Servers, queue: Client, keys: Keys, rejoin: Rejoin, api: str) -> None:
+    def __init__(self, servers: Servers, queue: Client, keys: Keys, rejoin: Rejoin, api: str, where: str) -> None:
+        """`where`: the end of the sentence that Redis cannot be reached."""
+        self._where = where
         self._servers, self._queue, self._keys, self._rejoin, self._api = servers, queue, keys, rejoin, api
         self._seen: deque[tuple[float, int, dict[str, Position]]] = deque(maxlen=RATE_LOOKS)
         self._tokens = 0  # that were seen to come, of all generations together
@@ -178,9 +196,7 @@ class Watch:
             return await self._look()
         except TROUBLE as error:
             self._servers.doubt(error)
-            raise Unavailable(
-                f"cannot reach Redis ({type(error).__name__}: {error}); is it up? See REDIS_URL"
-            ) from None
+            raise Unavailable(f"cannot reach Redis ({type(error).__name__}: {error}){self._where}") from None
 
     async def _look(self) -> Look:
         async with self._queue.pipeline(transaction=False) as pipe:
@@ -320,6 +336,8 @@ def drawn(look: Look, *, rows: int, is_wide: bool = True) -> RenderableType:
     parts: list[RenderableType] = [_overview(look), _stores(look), _workers(look)]
     if look.generations:
         parts.append(_generations(look.generations[:rows], is_wide=is_wide))
+        if not is_wide:
+            parts.append(Text(f"left out below {WIDE} columns: {', '.join(MORE).replace('>', '')}", style="dim"))
     if hidden := max(look.open, len(look.generations)) - min(rows, len(look.generations)):
         parts.append(Text(f"and {hidden} more", style="dim"))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -367,8 +385,8 @@ def _workers(look: Look) -> RenderableType:
 
 
 def _generations(generations: list[Generation], *, is_wide: bool) -> RenderableType:
-    more = (">attempt", ">apis reading", "worker") if is_wide else ()
-    table = _table("generation", "status", "model", ">age", ">tokens", ">tokens/s", *more)
+    table = _table("generation", "status", "model", ">age", ">tokens", ">tokens/s", *(MORE if is_wide else ()))
+    table.columns[0].min_width = ID_WIDTH
     for one in generations:
         cells: list[Text | str] = [
             Text(one.id),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import secrets
@@ -15,8 +16,8 @@ from pathlib import Path
 
 from redis.exceptions import NoPermissionError
 
-from cli.addresses import Addresses
-from cli.supervisor import Child, Supervisor, tell
+from cli.addresses import LOCK, Addresses, holder
+from cli.supervisor import Child, Supervisor
 from cli.valkey import server_argv, socket_fits
 from shared.cluster import servers_of
 from shared.config import Settings, model_table
@@ -48,14 +49,20 @@ async def up(options: Options, settings: Settings) -> int:
             f"--host {options.host} would be reachable from other machines: set REJOIN_API_KEYS and REJOIN_SECRET first"
         )
     model_table(settings)
-    options.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        options.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_folder(options.data, error) from None
     with _only_one(options.data) as lock_fd, _listen(options) as listening:
         house = House(options, settings, listening, lock_fd, *_store(options.data, settings))
         house.leave_word()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, house.supervisor.ending.set)
-        return await house.run()
+        try:
+            return await house.run()
+        finally:
+            Addresses.remove(options.data)
 
 
 class House:
@@ -82,7 +89,7 @@ class House:
         self._workers = [f"worker{n}" if options.workers > 1 else "worker" for n in range(1, options.workers + 1)]
 
     def leave_word(self) -> None:
-        """Say in the data folder where api and store are, for `rejoin top`. Of another store REDIS_URL tells."""
+        """Say in the data folder where api and store are, for the other commands. Of another store REDIS_URL tells."""
         addresses = Addresses(self.url, self._redis_url if self._store_argv is not None else None)
         addresses.write(self._data)
 
@@ -102,9 +109,9 @@ class House:
                 worker = Child(name, argv, self._env_of(number), stop_seconds, on_death=self._hand_over)
                 group.create_task(self.supervisor.keep(worker))
             if await self._until_ready():
-                print(f"ready {self.url}", flush=True)
+                self.supervisor.tell(f"ready {self.url}", sys.stdout)
             await self.supervisor.ending.wait()
-            tell(f"stopping: running generations have {self._settings.drain_seconds} s to end")
+            self.supervisor.tell(f"stopping: running generations have {self._settings.drain_seconds} s to end")
             await self.supervisor.end(["api", *self._workers])
             await self.supervisor.end(["valkey"])
         return 0
@@ -127,12 +134,12 @@ class House:
             async with asyncio.timeout(HAND_OVER_SECONDS):
                 count = await reap_owner(event_log, Jobs(queue, event_log.keys), process_name(pid))
         except (*TROUBLE, TimeoutError) as error:
-            tell(f"the leases of process {pid} will end by themselves ({type(error).__name__})")
+            self.supervisor.tell(f"the leases of process {pid} will end by themselves ({type(error).__name__})")
         finally:
             await servers.aclose()
             await queue.aclose()
         if count:
-            tell(f"{count} generations of process {pid} are handed to another worker")
+            self.supervisor.tell(f"{count} generations of process {pid} are handed to another worker")
 
     async def _until_store_answers(self) -> None:
         async with aclosing(servers_of(self._redis_url, connections=1)) as servers:
@@ -146,7 +153,9 @@ class House:
                     return
                 except TROUBLE as error:
                     if waited > 3:
-                        tell(f"the store does not answer ({type(error).__name__}: {error}); trying again")
+                        self.supervisor.tell(
+                            f"the store does not answer ({type(error).__name__}: {error}); trying again"
+                        )
                         waited = 0
                     waited += 0.1
                     await asyncio.sleep(0.1)
@@ -160,7 +169,7 @@ class House:
                 if await self._living_workers(client) == len(self._workers) and await self._api_is_ready():
                     return True
                 if loop.time() > patience_ends:
-                    tell(f"not everything is up after {READY_SECONDS:g} s; the lines above say why")
+                    self.supervisor.tell(f"not everything is up after {READY_SECONDS:g} s; the lines above say why")
                     patience_ends = float("inf")
                 await asyncio.sleep(0.05)
         return False
@@ -193,15 +202,23 @@ class _only_one:
     """One `rejoin up` for each data folder: two would fight over the store."""
 
     def __init__(self, data: Path) -> None:
-        self._path = data / "lock"
+        self._data = data
 
     def __enter__(self) -> int:
-        self._file = self._path.open("w")
+        """A file descriptor that holds the lock. Raises SettingsError."""
+        try:
+            self._file = (self._data / LOCK).open("a+")
+        except OSError as error:
+            raise _no_folder(self._data, error) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise SettingsError(f"another `rejoin up` uses {self._path.parent}; stop it, or give --data DIR") from None
+            pid = holder(self._data)
+            who = f"{self._data} (pid {pid})" if pid else f"{self._data}, or the store of one that was just killed"
+            raise SettingsError(f"another `rejoin up` uses {who}; stop it, or give --data DIR") from None
+        self._file.truncate(0)
+        print(os.getpid(), file=self._file, flush=True)
         return self._file.fileno()
 
     def __exit__(self, *error: object) -> None:
@@ -216,13 +233,22 @@ def _listen(options: Options) -> socket.socket:
     try:
         listening.bind((options.host, options.port))
         listening.listen(2048)
+    except OverflowError:
+        listening.close()
+        raise SettingsError(f"--port {options.port}: a port is 0 to 65535; 0 takes a free one") from None
     except OSError as error:
         listening.close()
-        raise SettingsError(
-            f"--port {options.port}: {error.strerror}; another port, or --port 0 for a free one"
-        ) from None
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            what = f"--port {options.port}: {error.strerror}; another port, or --port 0 for a free one"
+        else:
+            what = f"--host {options.host}: {error.strerror}; an address of this machine, such as 127.0.0.1"
+        raise SettingsError(what) from None
     listening.set_inheritable(True)
     return listening
+
+
+def _no_folder(data: Path, error: OSError) -> SettingsError:
+    return SettingsError(f"--data {data}: {error.strerror}; name a folder that you may write, or that may be made")
 
 
 def _environment(options: Options, settings: Settings, redis_url: str) -> dict[str, str]:

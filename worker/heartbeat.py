@@ -9,6 +9,7 @@ import asyncio
 import os
 import socket
 import time
+from contextlib import suppress
 
 from shared.cluster import Servers
 from shared.event_log import process_name
@@ -55,7 +56,16 @@ async def hear_nudges(servers: Servers, keys: Keys, writer: Writer) -> None:
 
 
 async def show_life(redis: Client, keys: Keys) -> None:
-    """Keep this worker's line in the list of workers fresh."""
+    """Keep this worker's line in the list of workers fresh, and take it away at the end."""
+    try:
+        await _sign_forever(redis, keys)
+    finally:
+        with suppress(*TROUBLE, TimeoutError):
+            async with asyncio.timeout(1):
+                await redis.zrem(keys.workers, worker_name())
+
+
+async def _sign_forever(redis: Client, keys: Keys) -> None:
     while True:
         try:
             now = time.time()

@@ -11,6 +11,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.__main__ import parser
+from cli.addresses import Addresses
 from cli.screens import blocks_of, visible
 from shared.event_log import Append, EventLog, Hint, new_id
 from shared.events import Completed, SourceAdded, TextDelta, encode
@@ -148,10 +150,10 @@ class Shell:
         self.runs.append(run)
         return run
 
-    def typed(self, *arguments: str, **env: str) -> tuple[Run, int]:
+    def typed(self, *arguments: str, columns: int = COLUMNS, **env: str) -> tuple[Run, int]:
         """On a terminal of its own; what is written to the given descriptor is typed."""
         ours, theirs = pty.openpty()
-        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 30, COLUMNS, 0, 0))
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
         run = Run(self.folder, arguments, {**self.env, **env}, theirs, theirs)
         os.close(theirs)
         run.listen(ours, "out")
@@ -224,8 +226,21 @@ async def test_a_terminal_gets_markdown_and_how_it_went(shell: Shell, upstream: 
     assert "**" not in run.text and "##" not in run.text
     assert "some bold and <b>html</b>" in run.text and " • two" in run.text
     assert re.search(r"\x1b\[2;3m *let me think", run.out.decode())
-    figures = rf"{model} · first token \d\.\d\d s · [\d≈ ]+ tokens · [\d.]+ tokens/s · [0-9a-f]{{32}}\n$"
+    figures = rf"{model} · first token \d\.\d\d s · [\d≈ ]+ tokens · [\d.]+ tokens/s *\n[0-9a-f]{{32}} *\n$"
     assert re.search(figures, run.text)
+
+
+async def test_a_narrow_terminal_shows_the_id_whole(shell: Shell, house: Stack, upstream: Upstream) -> None:
+    """At 80 columns too, while it runs and at the end: it is what `join` wants to be given."""
+    model = f"terminal-{'long-name-' * 6}{uuid.uuid4().hex[:8]}"
+    upstream.script(model, Script(chunks=["so ", "far"], stall_at=1))
+    run, _ = shell.typed("ask", "hello", "--model", model, columns=80)
+    await run.shows("so")
+    generation_id = (await newest(house, model))["id"]
+    await run.shows(rf"\n\W*{generation_id}")
+    upstream.release(model)
+    assert await run.ends() == 0
+    assert re.search(rf"\n{generation_id}\n$", run.text)
 
 
 async def test_tool_calls_are_shown(shell: Shell, upstream: Upstream, model: str) -> None:
@@ -380,7 +395,7 @@ async def test_it_gives_up_and_says_how_to_go_on(shell: Shell, house: Stack, ups
         proxy.freeze("up")
         proxy.cut()
         assert await run.ends() == 3
-    command = re.search(r"rejoin (join [0-9a-f]{32} --after \d+-\d+)\n$", run.errors)
+    command = re.search(r"may go on at the server: rejoin (join [0-9a-f]{32} --after \d+-\d+)\n$", run.errors)
     assert command is not None, run.errors
     rest = shell.piped(*command[1].split())
     assert await rest.ends() == 0
@@ -468,9 +483,12 @@ async def test_leaving_a_join_cancels_nothing(shell: Shell, house: Stack, upstre
     await run.shows("so far")
     os.write(keys, CTRL_C)
     assert await run.ends() == 130
-    assert f"rejoin join {generation_id}" in run.text
+    command = re.search(rf"rejoin (join {generation_id} --after \d+-\d+)\n$", run.text)
+    assert command is not None, run.text
+    rest = shell.piped(*command[1].split())
     upstream.release(model)
     assert (await house.finished(generation_id))["text"] == "so far and on"
+    assert await rest.ends() == 0 and rest.out == b"and on"
 
 
 @pytest.mark.parametrize("policy", ["continue", "cancel"])
@@ -519,7 +537,17 @@ async def test_what_is_no_whole_answer_is_exit_code_1(
 
 
 WRONG = [
-    (["ask", "x", "--url", "ftp://127.0.0.1"], 2, "write http://host:port"),
+    (["ask", "x", "--url", "ftp://127.0.0.1"], 2, "'ftp://127.0.0.1' is no address of a server"),
+    (
+        ["ask", "x", "--url", "localhost:8000"],
+        2,
+        "'localhost:8000' is no address of a server; write one like http://localhost:8000",
+    ),
+    (["ask", "x", "--url", "a b"], 2, "write one like http://127.0.0.1:8000"),
+    (["ask", "x", "--url", "http://127.0.0.1:99999"], 2, "write one like http://127.0.0.1:8000"),
+    (["list", "--url", "http://127.0.0.1:8000/v1/"], 2, "leave out /v1"),
+    (["list", "--limit", "x"], 2, "'x': write a whole number, at least 1"),
+    (["ask", "x", "--bogus"], 2, "rejoin ask: error: unrecognized arguments: --bogus"),
     (["ask", "x", "--url", "http://user:pass-word@127.0.0.1"], 2, "a key goes to REJOIN_API_KEY"),
     (["ask", "x", "--model", "m" * 300], 2, "model: "),
     (["ask", "x", "--patience", "soon"], 2, "--patience"),
@@ -558,6 +586,53 @@ async def test_a_server_that_is_not_there_is_exit_code_3(shell: Shell) -> None:
         assert "cannot reach" in run.errors and "REJOIN_URL" in run.errors and run.errors.count("\n") == 1
 
 
+STRANGERS = {
+    "another API": b'HTTP/1.1 404 Not Found\r\nContent-Length: 22\r\n\r\n{"detail":"Not Found"}',
+    "another answer": b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"hello":"you"}',
+    "a page": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<p>\n",
+    "no HTTP": b"-ERR unknown command\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", STRANGERS.values(), ids=STRANGERS)
+async def test_a_server_that_is_no_rejoin_is_a_wrong_address(shell: Shell, answer: bytes) -> None:
+    """Whatever it answers: exit code 2, its address, and the settings to look at."""
+
+    async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await reader.read()  # closed before the whole request was read, the answer could be lost
+        writer.close()
+
+    async with await asyncio.start_server(stranger, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        for command in (["ask", "x"], ["join", "0" * 32], ["list"]):
+            run = shell.piped(*command, "--url", url)
+            assert await run.ends(timeout=15) == 2, run.errors
+            assert f"{url} answered" in run.errors and "is that a Rejoin?" in run.errors and "--url" in run.errors
+
+
+async def test_the_rejoin_of_this_folder_is_found(rejoin_up: RejoinUp, shell_of: Callable[[str], Shell]) -> None:
+    """Without an address the `rejoin up` of the folder is asked, as long as it runs; what a killed one left is not."""
+    shell = shell_of("")  # an empty REJOIN_URL is none
+    found = shell.folder / ".rejoin"
+    found.symlink_to(rejoin_up.data)
+    started = shell.piped("ask", "hello", "--detach")
+    assert await started.ends() == 0 and ID.fullmatch(started.text.strip())
+    elsewhere = shell.piped("list", REJOIN_URL=f"http://127.0.0.1:{free_port()}")
+    assert await elsewhere.ends() == 3 and "cannot reach" in elsewhere.errors
+    found.unlink()
+    found.mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):  # one that has ended; one that is something else by now
+        (found / "lock").write_text(f"{pid}\n")
+        (found / "addresses.json").write_text((rejoin_up.data / "addresses.json").read_text())
+        stale = Addresses.read(found)
+        assert stale is None, f"believed, though {pid} is no `rejoin up`"
+    assert Addresses.read(rejoin_up.data) == Addresses(rejoin_up.url, f"unix://{rejoin_up.data}/valkey.sock")
+
+
 async def test_a_key_is_read_from_the_environment_and_shown_to_nobody(
     stack: Stack, upstream: Upstream, model: str, shell_of: Callable[[str], Shell]
 ) -> None:
@@ -569,11 +644,13 @@ async def test_a_key_is_read_from_the_environment_and_shown_to_nobody(
     await stack.worker()
     shell = shell_of(stack.apis[0].url)
     right = shell.piped("ask", "hello", "--model", model, REJOIN_API_KEY=key)
-    wrong = [shell.piped("ask", "hello", "--model", model, REJOIN_API_KEY="another-key"), shell.piped("list")]
+    wrong = shell.piped("ask", "hello", "--model", model, REJOIN_API_KEY="another-key")
+    missing = shell.piped("list")
     assert await right.ends() == 0 and right.out.decode() == Script(count=3).text("hello")
-    for run in wrong:
-        assert await run.ends() == 2
-        assert "REJOIN_API_KEY" in run.errors and "another-key" not in run.errors
+    assert (await wrong.ends(), await missing.ends()) == (2, 2)
+    for run, says in ((wrong, "does not know the key that was sent"), (missing, "none was sent")):
+        assert says in run.errors and "set REJOIN_API_KEY to a key of that server" in run.errors
+        assert "another-key" not in run.errors
     spaced = shell.piped("list", REJOIN_API_KEY="a key")
     assert await spaced.ends() == 2 and "a key has" in spaced.errors
 
@@ -598,6 +675,35 @@ async def test_join_reads_from_the_start_or_after_an_event(
     following = "".join(block.data["text"] for block in reader.blocks[21:] if block.event == "text.delta")
     assert following and rest.out.decode() == following
     assert nothing.out == b"" and "completed" in nothing.errors
+
+
+async def test_join_after_an_event_that_is_none_says_so(
+    shell: Shell, house: Stack, upstream: Upstream, model: str
+) -> None:
+    """A wrong id is not taken for a lost worker. Behind what a pipe has the whole answer cannot be put: exit code 1."""
+    upstream.script(model, Script(count=5))
+    generation = await house.create(model)
+    await house.finished(generation)
+    wrong = ["join", generation["id"], "--after", "1-1"]
+    piped, as_json, (typed, _) = shell.piped(*wrong), shell.piped(*wrong, "--json"), shell.typed(*wrong)
+    assert (await piped.ends(), await as_json.ends(), await typed.ends()) == (1, 0, 0)
+    assert piped.out == b"" and piped.errors.endswith(f"rejoin join {generation['id']}\n")
+    assert as_json.errors == "rejoin: event 1-1 is not in the log (any more); it begins again from the start\n"
+    text = "".join(one["event"].get("text", "") for one in as_json.lines if one["event"]["type"] == "text.delta")
+    assert text == Script(count=5).text("hello")
+    for run in (piped, typed):
+        said = run.text + run.errors
+        assert "event 1-1 is not in the log (any more)" in said and "worker was lost" not in said
+
+
+async def test_detach_with_json_prints_what_the_api_answered(shell: Shell, upstream: Upstream, model: str) -> None:
+    """All of it: the addresses to read and to cancel it are in it."""
+    upstream.script(model, Script(count=1))
+    run = shell.piped("ask", "hello", "--model", model, "--detach", "--json")
+    assert await run.ends() == 0
+    (answer,) = run.lines
+    assert {"id", "status", "model", "created_at", "events_url", "cancel_url"} <= answer.keys()
+    assert answer["id"] in answer["events_url"] and answer["id"] in answer["cancel_url"]
 
 
 async def test_cancel_ends_a_generation_and_is_harmless_after_it(
@@ -668,6 +774,12 @@ async def test_top_tells_what_runs_and_not_what_is_said(
     shown = shell.piped("top", "--once", "--interval", "0.2", **env)
     assert await shown.ends() == 0
     assert generation["id"] in shown.text and "noeviction" in shown.text and worker["name"] in shown.text
+    assert all(line == line.rstrip() for line in shown.text.splitlines()), "blanks up to a screen that is none"
+    narrow, _ = shell.typed("top", "--once", "--interval", "0.2", columns=90, **env)
+    assert await narrow.ends() == 0
+    assert (
+        generation["id"] in narrow.text and "left out below 120 columns: attempt, apis reading, worker" in narrow.text
+    )
     for word in ("answerword", "promptword", "metaword"):
         assert word not in run.text + shown.text
     await stack.cancel(generation)
@@ -696,6 +808,17 @@ async def test_top_says_that_redis_is_away(shell: Shell, rejoin_up: RejoinUp) ->
     assert await run.ends() == 3 and "no `rejoin up`" in run.errors
 
 
+async def test_top_without_a_rejoin_up_says_what_to_do(shell: Shell) -> None:
+    """In a folder in which none runs, and without REDIS_URL: start one, or say where it is."""
+    with socket.socket() as usual:
+        if usual.connect_ex(("127.0.0.1", 6379)) == 0:
+            pytest.skip("a Redis runs where one usually is, and is looked at")
+    run = shell.piped("top", "--once")
+    assert await run.ends() == 3 and run.errors.count("\n") == 1
+    for advice in ("no `rejoin up` runs on .rejoin", "start one", "--data", "REDIS_URL"):
+        assert advice in run.errors
+
+
 # ---- The page ----
 
 
@@ -704,7 +827,7 @@ def test_the_page_names_every_command_and_option() -> None:
     page = (ROOT / "docs/terminal.md").read_text()
     sections = dict(re.findall(r"(?ms)^## `rejoin (\w+)[^\n]*\n(.*?)(?=^## |\Z)", page))
     (commands,) = [action for action in parser()._actions if isinstance(action.choices, dict)]
-    assert set(sections) == set(commands.choices) - {"up"}
+    assert set(sections) == set(commands.choices)
     for name, section in sections.items():
         options = {option for action in commands.choices[name]._actions for option in action.option_strings}
         assert options - {"-h", "--help"} == set(re.findall(r"^\| `(--[a-z-]+)", section, re.MULTILINE)), name

@@ -10,12 +10,14 @@ import socket
 import stat
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from shared.redis import Keys, connect
 from tests.conftest import start_rejoin_up
 from tests.processes import ROOT, Processes, free_port
 from tests.reader import Reader, check_history
@@ -92,6 +94,56 @@ async def test_what_a_dead_worker_held_is_handed_over_at_once(processes: Process
     assert "are handed to another worker" in up.process.log()
 
 
+def _lives(pid: int) -> bool:
+    """Whether a process still runs; one that has ended and was not yet reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere children can outlive a killed supervisor")
+
+
+@linux_only
+async def test_nothing_outlives_a_supervisor_that_is_killed(processes: Processes, tmp_path: Path) -> None:
+    """`kill -9` of `rejoin up` ends its store, api and workers too; the next start has the folder for itself."""
+    data = tmp_path / "data"
+    up = await start_rejoin_up(processes, data)
+    children = _children(up.process.pid, "")
+    assert len(children) == 4
+    await up.process.kill()
+    await wait_until(lambda: not any(map(_lives, children)), timeout=40)
+    again = await start_rejoin_up(processes, data)
+    assert (await _post(again.url)).status_code == 202
+
+
+@linux_only
+async def test_a_closed_pipe_ends_the_house_in_order(tmp_path: Path) -> None:
+    """`rejoin up 2>&1 | head -2`: at the next line it drains, stops what it started, and takes its address away."""
+    data = tmp_path / "data"
+    argv = [sys.executable, "-m", "cli", "up", "--port", "0", "--data", str(data)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ours, theirs = os.pipe()
+    up = subprocess.Popen(argv, cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        with open(ours, "rb") as heard:
+            async with asyncio.timeout(40):
+                while b"ready http" not in await asyncio.to_thread(heard.readline):
+                    pass
+            children = _children(up.pid, "")
+            assert len(children) == 4 and (data / "addresses.json").exists()
+        os.kill(_children(up.pid, "-m worker")[0], signal.SIGKILL)  # of which it wants to tell
+        await wait_until(lambda: up.poll() is not None, timeout=60)
+        assert up.returncode == 0
+        await wait_until(lambda: not any(map(_lives, children)), timeout=5)
+        assert not (data / "addresses.json").exists()
+    finally:
+        up.kill()
+        up.wait()
+
+
 async def test_two_workers_and_a_secret_of_its_own(processes: Processes, tmp_path: Path) -> None:
     """There are two; the secret is made once and readable by its owner only; one house for one folder."""
     data = tmp_path / "data"
@@ -100,7 +152,8 @@ async def test_two_workers_and_a_secret_of_its_own(processes: Processes, tmp_pat
     assert stat.S_IMODE((data / "secret").stat().st_mode) == 0o600
     second = await processes.start("rejoin-up", [sys.executable, "-m", "cli", "up", "--port", "0", "--data", str(data)])
     assert await second.wait() == 2
-    assert "another `rejoin up` uses" in second.log() and "Traceback" not in second.log()
+    assert f"another `rejoin up` uses {data} (pid {up.process.pid})" in second.log()
+    assert "Traceback" not in second.log()
 
 
 async def test_a_long_path_gets_a_loopback_port_instead_of_a_socket(processes: Processes, tmp_path: Path) -> None:
@@ -125,6 +178,9 @@ def busy_port() -> Iterator[int]:
         ([], {"REJOIN_MODELS": "/nowhere.toml"}, "REJOIN_MODELS"),
         ([], {"REJOIN_DEFAULT_MODEL": "gpt-x"}, "REJOIN_DEFAULT_MODEL"),
         (["--port", "BUSY"], {}, "another port, or --port 0"),
+        (["--port", "99999"], {}, "--port 99999: a port is 0 to 65535"),
+        (["--host", "no.such.host.invalid"], {"REJOIN_API_KEYS": f"me:{'0' * 64}"}, "--host no.such.host.invalid: "),
+        (["--data", "/proc/nowhere"], {}, "--data /proc/nowhere: "),
     ],
 )
 async def test_what_is_wrong_stops_the_start_with_one_line(
@@ -186,6 +242,32 @@ async def test_the_worker_says_whether_it_is_alive(processes: Processes, rejoin_
 
 
 def test_version_and_help_answer_without_a_store() -> None:
-    """`rejoin --help` explains itself."""
-    run = subprocess.run([sys.executable, "-m", "cli", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert run.returncode == 0 and re.search(r"up\s+start the store", run.stdout)
+    """`rejoin --help` explains itself, and `--version` is that of pyproject.toml."""
+    asked = {
+        option: subprocess.run(
+            [sys.executable, "-m", "cli", option], cwd=ROOT, capture_output=True, text=True, timeout=30
+        )
+        for option in ("--help", "--version")
+    }
+    assert asked["--help"].returncode == 0 and re.search(r"up\s+start the store", asked["--help"].stdout)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (asked["--version"].returncode, asked["--version"].stdout) == (0, f"rejoin {version}\n")
+
+
+async def test_a_worker_that_stops_in_order_is_no_longer_listed(
+    processes: Processes, rejoin_env: dict[str, str]
+) -> None:
+    """`top` does not count for alive, nor `--health` for well, a worker that was asked to stop and did."""
+    worker = await processes.start("worker", [sys.executable, "-m", "worker"], rejoin_env)
+    async with connect(rejoin_env["REDIS_URL"], connections=1) as redis:
+        workers = Keys(rejoin_env["REJOIN_KEY_PREFIX"]).workers
+
+        async def names() -> list[str]:
+            return [name.decode().rpartition(":")[2] for name in await redis.zrange(workers, 0, -1)]
+
+        async def is_listed() -> bool:
+            return str(worker.pid) in await names()
+
+        await wait_until(is_listed, timeout=20)
+        await worker.terminate()
+        assert str(worker.pid) not in await names()

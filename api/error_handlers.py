@@ -38,6 +38,11 @@ STATUS: dict[type[errors.RejoinError], int] = {
 STORE_AWAY = "Redis does not answer; nothing was lost, try again"
 OUR_MISTAKE = "this is our mistake; the server's log has the place"
 MAX_NAME_CHARS = 80
+UNKNOWN = "unknown field"
+UNKNOWN_STREAM = (
+    "unknown field; POST /v1/chat/stream always streams, POST /v1/generations never does: it answers with an "
+    "`events_url` to read"
+)
 log = logger("api")
 
 
@@ -118,6 +123,8 @@ def invalid(details: Any) -> errors.Unprocessable:
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
     where = where if len(where) <= MAX_NAME_CHARS else where[:MAX_NAME_CHARS] + "…"  # an unknown field's name is theirs
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = UNKNOWN_STREAM if where == "stream" else UNKNOWN
     return errors.Unprocessable(f"{where}: {message}" if where else message, param=where or None)
 
 

@@ -256,7 +256,9 @@ def model_table(settings: Settings) -> ModelTable:
 
 
 def _documents(settings: Settings, routes: dict[str, ModelRoute], fallback: ModelRoute | None) -> ModelRoute:
-    """The route of `documents`. Raises SettingsError where the models it needs are not there."""
+    """The route of `documents`. Raises SettingsError where the folder or the models it needs are not there."""
+    if settings.documents is not None and not settings.documents.is_dir():
+        raise SettingsError(f"REJOIN_DOCUMENTS: {settings.documents} is not a folder")
     if DOCUMENTS in routes:
         raise SettingsError(f"REJOIN_MODELS: [{DOCUMENTS}] is the model over REJOIN_DOCUMENTS; choose another name")
     default = settings.default_model if settings.default_model != DOCUMENTS else None

@@ -272,6 +272,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {slug(found) for found in re.findall(r"(?m)^#+ (.+)$", file.read_text())}, target
 
 
+def test_every_page_is_in_the_list_of_pages() -> None:
+    """docs/README.md links each page of the folder; the README leads to those that a newcomer wants first."""
+    listed = set(re.findall(r"\]\(([a-z-]+\.md)\)", text_of("docs/README.md")))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} == listed
+    for name in ("from-a-streaming-route", "documents", "terminal", "playground"):
+        assert f"](docs/{name}.md)" in text_of("README.md"), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_make_targets_exist(page: Path) -> None:
     """Each `make …` that a page tells its reader to run is in the Makefile."""

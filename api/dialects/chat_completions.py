@@ -77,8 +77,9 @@ class ChatCompletions:
                 return self._says({"refusal": text})
             case ToolCallDelta() as event:
                 return self._says({"tool_calls": [self._tool_call(event)]})
-            case SourceAdded() as event:
-                self._sources.append(event)
+            case SourceAdded(url=url) as event:
+                if url:
+                    self._sources.append(event)
                 return ()
             case Completed() as event:
                 return self._complete(event)
@@ -119,7 +120,7 @@ class ChatCompletions:
         if not self._sources:
             return []
         numbered = enumerate(self._sources, self._sources_sent)
-        annotations = [{"index": n, **citation(source.title, source.url)} for n, source in numbered]
+        annotations = [{"index": n, **citation(source.title, source.url or "")} for n, source in numbered]
         self._sources_sent += len(self._sources)
         self._sources = []
         return [self._chunk({"annotations": annotations})]
@@ -151,7 +152,7 @@ def completion(generation_id: str, state: Snapshot) -> dict[str, Any]:
         message["tool_calls"] = [_whole_call(generation_id, n, call) for n, call in enumerate(state.tool_calls)]
     if state.reasoning:
         message["reasoning_content"] = state.reasoning
-    message["annotations"] = [citation(source["title"], source["url"]) for source in state.sources]
+    message["annotations"] = [citation(source["title"], source["url"]) for source in state.sources if source["url"]]
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": state.finish_reason}
     return {
         "id": ID_PREFIX + generation_id,
@@ -178,11 +179,12 @@ def usage(counts: Usage) -> dict[str, Any]:
     }
 
 
-def citation(title: str, url: str | None) -> dict[str, Any]:
-    """A source as an annotation. It belongs to the whole answer: no words of it are marked."""
+def citation(title: str, url: str) -> dict[str, Any]:
+    """A source as an annotation. It belongs to the whole answer: no words of it are marked. One without an address is
+    not told: this protocol has no annotation but `url_citation`, and a client would make a link of it."""
     return {
         "type": "url_citation",
-        "url_citation": {"start_index": 0, "end_index": 0, "title": title, "url": url or ""},
+        "url_citation": {"start_index": 0, "end_index": 0, "title": title, "url": url},
     }
 
 

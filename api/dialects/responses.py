@@ -7,6 +7,7 @@ unsay: an attempt that begins afresh after another was heard ends the stream wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -340,7 +341,7 @@ class Answer:
             case SourceAdded(url=url) if url:
                 yield from self._cite({"type": "url_citation", "url": url, "title": event.title})
             case SourceAdded():
-                yield from self._cite({"type": "file_citation", "file_id": event.id, "filename": event.title})
+                yield from self._cite({"type": "file_citation", "file_id": event.id, "filename": _file_name(event.id)})
             case Completed() | Failed() | Cancelled():
                 yield from self._finish(event)
 
@@ -476,3 +477,8 @@ def _text(of: Any, name: str) -> str:
     """A string in JSON that another protocol's caller may have sent as anything."""
     value = of.get(name) if isinstance(of, dict) else None
     return value if isinstance(value, str) else ""
+
+
+def _file_name(source_id: str) -> str:
+    """The name of a document's file: the id of a source is its path, and `#` with the number of the passage."""
+    return re.sub(r"#\d+$", "", source_id).rsplit("/", 1)[-1]

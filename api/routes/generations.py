@@ -46,8 +46,10 @@ class CreateGeneration(Prompt):
 
     @model_validator(mode="after")
     def _messages_or_prompt(self) -> CreateGeneration:
-        if bool(self.messages) == (self.prompt is not None):
-            raise ValueError("send either `messages` or `prompt`")
+        if self.messages and self.prompt is not None:
+            raise ValueError("send `messages` or `prompt`, not both")
+        if not self.messages and self.prompt is None:
+            raise ValueError("send `messages` or `prompt`: there is neither")
         return self
 
     def to_prompt(self, default_model: str) -> Prompt:

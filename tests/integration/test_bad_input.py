@@ -144,9 +144,9 @@ BODIES: list[tuple[str, bytes, int, str, str]] = [
     ("null", b"null", 422, "invalid_value", "object"),
     ("a string", b'"prompt"', 422, "invalid_value", "object"),
     ("a number", b"1" * 100, 422, "invalid_value", "object"),
-    ("neither prompt nor messages", b'{"model": "demo"}', 422, "invalid_value", "`messages` or `prompt`"),
-    ("no messages", b'{"messages": []}', 422, "invalid_value", "`messages` or `prompt`"),
-    ("both", b'{"prompt": "x", "messages": [{"role": "user"}]}', 422, "invalid_value", "`messages` or `prompt`"),
+    ("neither prompt nor messages", b'{"model": "demo"}', 422, "invalid_value", "`prompt`: there is neither"),
+    ("no messages", b'{"messages": []}', 422, "invalid_value", "`prompt`: there is neither"),
+    ("both", b'{"prompt": "x", "messages": [{"role": "user"}]}', 422, "invalid_value", "`prompt`, not both"),
     ("an empty prompt", b'{"prompt": ""}', 422, "invalid_value", "prompt: "),
     ("a prompt of the wrong type", b'{"prompt": 7}', 422, "invalid_value", "prompt: "),
     ("messages of the wrong type", b'{"messages": "hi"}', 422, "invalid_value", "messages: "),
@@ -165,10 +165,17 @@ BODIES: list[tuple[str, bytes, int, str, str]] = [
     ("17 labels", json.dumps({"prompt": "x", "metadata": {str(n): "" for n in range(17)}}).encode(), 422, "", "16"),
     ("a long label", json.dumps({"prompt": "x", "metadata": {"k" * 5000: ""}}).encode(), 422, "", "metadata."),
     ("a label that is a number", b'{"prompt": "x", "metadata": {"a": 1}}', 422, "invalid_value", "metadata.a: "),
-    ("an upstream of their own", b'{"prompt": "x", "base_url": "http://evil/"}', 422, "invalid_value", "base_url: "),
+    ("an upstream of their own", b'{"prompt": "x", "base_url": "http://evil/"}', 422, "", "base_url: unknown field"),
+    ("a stream where there is none", b'{"prompt": "x", "stream": true}', 422, "", "/v1/chat/stream always streams"),
     ("a key of their own", b'{"prompt": "x", "api_key": "sk-1"}', 422, "invalid_value", "api_key: "),
     ("a field with a long name", b'{"prompt": "x", "%s": 1}' % (b"n" * 100_000), 422, "invalid_value", "nnn"),
-    ("an unknown field of a message", b'{"messages": [{"role": "user", "url": "x"}]}', 422, "", "messages.0.url: "),
+    (
+        "an unknown field of a message",
+        b'{"messages": [{"role": "user", "url": "x"}]}',
+        422,
+        "",
+        "messages.0.url: unknown",
+    ),
 ]
 
 

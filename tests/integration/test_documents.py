@@ -144,10 +144,17 @@ def client(library: Stack) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(api_key="any", base_url=url, max_retries=0, _strict_response_validation=True)
 
 
-async def test_chat_completions_have_annotations(library: Stack) -> None:
-    """Streamed, before the content; whole, in the message. The `documents` model quotes, offline."""
-    asked: dict[str, Any] = {"model": "documents", "messages": [{"role": "user", "content": DOGS}]}
+async def test_chat_completions_have_annotations(library: Stack, stack: Stack, tmp_path: Path) -> None:
+    """Streamed, before the content; whole, in the message: where the folder is published. The `documents` model quotes,
+    offline."""
+    asked: dict[str, Any] = {"model": "documents", "messages": [{"role": "user", "content": "dogs"}]}
     async with client(library) as one:
+        unpublished = (await one.chat.completions.create(**asked)).choices[0].message
+    assert unpublished.annotations == [] and "Dogs are welcome on a lead" in str(unpublished.content)
+    stack.env |= {**documents(tmp_path), "REJOIN_DOCUMENTS_URL": "https://docs.example/h"}
+    await stack.api()
+    await stack.worker()
+    async with client(stack) as one:
         deltas = [
             chunk.choices[0].delta
             async for chunk in await one.chat.completions.create(**asked, stream=True)
@@ -158,7 +165,8 @@ async def test_chat_completions_have_annotations(library: Stack) -> None:
     words = [n for n, delta in enumerate(deltas) if delta.content]
     assert cited and cited[0] < words[0]
     assert whole.choices[0].message.annotations is not None and whole.choices[0].message.content is not None
-    assert whole.choices[0].message.annotations[0].url_citation.title == "Rules of the harbour"
+    cited_as = whole.choices[0].message.annotations[0].url_citation
+    assert (cited_as.title, cited_as.url) == ("Dogs", "https://docs.example/h/dogs.md")
     assert "Dogs are welcome on a lead" in whole.choices[0].message.content
     assert whole.usage is not None and whole.usage.completion_tokens == len(whole.choices[0].message.content.split())
 
@@ -175,7 +183,7 @@ async def test_responses_have_citations(library: Stack) -> None:
     assert dict(annotation.annotation)["type"] == "file_citation"
     done: Any = events[-1]
     (cited, *_) = done.response.output[0].content[0].annotations
-    assert (cited.type, cited.file_id, cited.filename) == ("file_citation", "rules.pdf#1", "Rules of the harbour")
+    assert (cited.type, cited.file_id, cited.filename) == ("file_citation", "rules.pdf#1", "rules.pdf")
 
 
 async def test_the_ai_sdk_has_source_parts(library: Stack) -> None:
@@ -366,13 +374,17 @@ async def test_a_worker_stops_amid_its_index(stack: Stack, tmp_path: Path) -> No
     await again.says(r"documents.indexed +documents=301", timeout=60)
 
 
-async def test_a_wrong_folder_stops_the_worker_with_one_line(stack: Stack, tmp_path: Path) -> None:
-    """The setting is named, and exit code 2 tells the supervisor that to try again is no use."""
-    argv = [sys.executable, "-m", "worker"]
-    worker = await stack.processes.start("worker", argv, {**stack.env, "REJOIN_DOCUMENTS": str(tmp_path / "nowhere")})
-    assert await worker.wait() == 2
-    line = worker.log().strip().splitlines()[-1]
-    assert "Traceback" not in worker.log() and "REJOIN_DOCUMENTS" in line and "is not a folder" in line
+@pytest.mark.parametrize("argv", ["api", "worker", "cli up --port 0 --data {tmp}/data"])
+@pytest.mark.parametrize("name", ["nowhere", "file.txt"])
+async def test_a_wrong_folder_stops_the_start_with_one_line(stack: Stack, tmp_path: Path, argv: str, name: str) -> None:
+    """Of api, worker and `rejoin up`: the setting is named, and exit code 2 says that to try again is no use."""
+    (tmp_path / "file.txt").write_text("words")
+    command = [sys.executable, "-m", *argv.format(tmp=tmp_path).split()]
+    env = {**stack.env, "REJOIN_PORT": "0", "REJOIN_DOCUMENTS": str(tmp_path / name)}
+    process = await stack.processes.start("wrong", command, env)
+    assert await process.wait() == 2
+    (line,) = process.log().strip().splitlines()
+    assert line.endswith(f"REJOIN_DOCUMENTS: {tmp_path / name} is not a folder")
 
 
 # ---- The pages ----

@@ -40,7 +40,7 @@ class Setup:
         """The `sh` blocks under a heading, run in one shell: all of them, or one; what they print."""
         blocks = fenced(section(PAGE, heading), "sh")
         script = "\n".join(blocks if which is None else [blocks[which]])
-        addresses = f"USUAL={self.usual_url}\nREJOIN={self.up.url}\n[ -f env ] && . ./env\n"
+        addresses = f"USUAL={self.usual_url}\nREJOIN={self.up.url}\nUSUAL_PID={self.usual.pid}\n[ -f env ] && . ./env\n"
         keep = '\necho "LOCATION=$LOCATION" > env\n'
         done = subprocess.run(
             ["sh"],
@@ -110,6 +110,8 @@ def test_every_command_of_the_page_is_run() -> None:
     for heading in with_commands:
         assert f'run("{heading}"' in tests, heading
     commands = fenced(text_of(PAGE), "console")[0]
+    names = re.findall(r"(?m)^(\w+)=", fenced(text_of(PAGE), "sh")[0])
+    assert names == ["USUAL", "REJOIN", "USUAL_PID"]
     for word in (
         "examples/slow_model.py 9000",
         "examples.usual_route:app",
@@ -118,15 +120,24 @@ def test_every_command_of_the_page_is_run() -> None:
         assert word in commands
 
 
+def test_no_command_tells_the_status_of_another() -> None:
+    """`$?` behind a `$(…)` of the same line is the status of what stands in the brackets."""
+    for block in fenced(text_of(PAGE), "sh"):
+        assert not re.search(r"\$\(.*\$\?", block), block
+
+
 @needs_curl
 @pytest.mark.timeout(180)
 async def test_one_at_a_time_and_who_leaves(setup: Setup) -> None:
     """The usual route answers nobody while one answer runs, and takes it to the end for nobody; Rejoin does neither."""
     assert setup.run("One answer at a time") == shown("One answer at a time")
     assert await setup.taken(1) == 100 and await setup.taken(2) < 100
-    assert "answer 1: 100 of 100 words were taken" in section(PAGE, "Who leaves goes on paying")
     setup.run("Who leaves goes on paying")
     assert await setup.taken(3) < 100
+    told = "".join(fenced(section(PAGE, "Who leaves goes on paying"), "text"))
+    numbers = re.findall(r"(?m)^answer (\d): (\d+) of 100 words were taken$", told)
+    assert [number for number, _ in numbers] == ["1", "2", "3"]
+    assert [int(taken) == 100 for _, taken in numbers] == [True, False, False]
 
 
 @needs_curl
@@ -144,21 +155,17 @@ async def test_a_reload_and_half_an_answer(setup: Setup) -> None:
 @pytest.mark.timeout(180)
 async def test_a_deploy(setup: Setup) -> None:
     """Stopped and started again, the one has lost its answer, and the other has it whole."""
-    reading = await asyncio.create_subprocess_exec(
-        *("curl", "-sN", "--json", '{"prompt": "hello"}', f"{setup.usual_url}/chat/stream"), stdout=subprocess.PIPE
-    )
-    assert reading.stdout is not None
-    heard = await reading.stdout.readuntil(b" ")
-    await setup.usual.kill()
-    heard += await reading.stdout.read()
-    assert await reading.wait() != 0 and 0 < len(heard.split()) < 100
+    said = await asyncio.to_thread(setup.run, "A deploy cuts it off", 0)
+    expected = re.escape(shown("A deploy cuts it off"))
+    assert re.fullmatch(re.sub(r"after\\ \d+", r"after\\ [1-9][0-9]?", expected), said), said
+    assert await setup.usual.wait() == -signal.SIGKILL, "it obeyed SIGTERM, and the page says that it does not"
 
-    setup.run("A deploy cuts it off", 0)
+    setup.run("A deploy cuts it off", 1)
     setup.up.process.signal(signal.SIGINT)
     assert await setup.up.process.wait() == 0
     env = {name: value for name, value in setup.up.process.env.items() if name.startswith(("OPENAI", "REJOIN"))}
     setup.up = await start_rejoin_up(setup.processes, setup.up.data, **env)
-    assert setup.run("A deploy cuts it off", 1) == shown("A deploy cuts it off")
+    assert setup.run("A deploy cuts it off", 2) == shown("A deploy cuts it off", 1)
 
 
 @needs_curl

@@ -121,6 +121,20 @@ def test_sources_are_gathered_into_one_delta() -> None:
     assert first["annotations"][1]["url_citation"]["title"] == "title 1"
 
 
+def test_a_source_without_an_address_is_no_annotation() -> None:
+    """There is none but `url_citation`, and a client would make a link of an empty one; the others are numbered on."""
+    one, two = (SourceAdded(str(n), f"title {n}", f"https://example.org/{n}") for n in range(2))
+    log = log_of(one, SourceAdded("a.pdf#1", "no address"), two, TextDelta("a"), Completed("stop"))
+    for notes in (
+        deltas(log)[1]["annotations"],
+        completion(ID, fold(log))["choices"][0]["message"]["annotations"],
+    ):
+        assert [note["url_citation"]["url"] for note in notes] == [one.url, two.url]
+    assert [note["index"] for note in deltas(log)[1]["annotations"]] == [0, 1]
+    alone = log_of(SourceAdded("a.pdf#1", "no address"), TextDelta("a"), Completed("stop"))
+    assert [delta for delta in deltas(alone) if "annotations" in delta] == []
+
+
 def test_a_silent_attempt_is_invisible() -> None:
     """Nothing was said, so nothing is void: sources that were held back are forgotten with it."""
     silent = log_of(SourceAdded("1", "old"))

@@ -179,6 +179,14 @@ def test_compose_stops_early_without_keys_and_holds_no_secret(compose: dict[str,
         assert compose["services"][role]["environment"]["REDIS_URL"] == "redis://valkey:6379/0"
 
 
+def test_compose_shows_the_documents_to_all_who_look_for_them(compose: dict[str, Any]) -> None:
+    """Neither api nor worker starts without the folder of REJOIN_DOCUMENTS, and neither may write into it."""
+    for role in ("api", "worker"):
+        service = compose["services"][role]
+        assert service["environment"]["REJOIN_DOCUMENTS"] == "${REJOIN_DOCUMENTS:+/documents}"
+        assert "${REJOIN_DOCUMENTS:-./examples/harbour}:/documents:ro" in service["volumes"]
+
+
 def test_compose_names_only_settings_that_exist(compose: dict[str, Any]) -> None:
     """Every variable that compose sets or reads is in .env.example."""
     documented = {name for name, _, _ in settings_in_env_example()}

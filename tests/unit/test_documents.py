@@ -27,7 +27,7 @@ from tests.processes import ROOT
 from tests.waiting import wait_until
 from worker import providers
 from worker.providers import Said
-from worker.providers.documents import conversation, folder, kept, passages, provider, quoting, reading
+from worker.providers.documents import conversation, folder, kept, passages, provider, quoting, reading, sentences
 from worker.providers.documents.folder import Unreadable
 from worker.providers.documents.index import Index, _bar, _chunks
 from worker.providers.documents.kept import Chunk, Stopped
@@ -36,6 +36,7 @@ from worker.providers.documents.reading import Reader, text_of
 from worker.providers.documents.retrieval import retriever_of
 
 HARBOUR = ROOT / "examples/harbour"
+ROWS = "up to 8 | 18\n\nc |\n\nd\n\ne"
 
 
 @pytest.fixture
@@ -92,7 +93,20 @@ def test_only_documents_are_taken(docs: Path) -> None:
         (docs / name).write_text("x")
     listing = folder.look(docs)
     assert list(listing.files) == ["a.HTML", "b.pdf", "dogs.md", "lamp.txt", "sub/d.markdown"]
-    assert listing.left_out == {}
+    assert listing.left_out == {} and listing.not_read == {".py": 1}
+
+
+def test_what_is_not_read_is_counted_by_its_ending(docs: Path, tmp_path: Path, logged: Logged) -> None:
+    """In one line of the log, again only when it changes; an ending that may be part of a name is not told."""
+    for name in ("a.docx", "b.DOCX", "c.xlsx", "mine.my secret", "noending"):
+        (docs / name).write_text("x")
+    index = index_of(docs, tmp_path / "index")
+    for _ in range(3):
+        index.refresh()
+    assert logged.of("documents.not_read") == [{"files": 5, "endings": ".docx 2, .xlsx 1, others 2"}]
+    (docs / "a.docx").unlink()
+    index.refresh()
+    assert logged.of("documents.not_read")[1:] == [{"files": 4, "endings": ".docx 1, .xlsx 1, others 2"}]
 
 
 def test_no_link_leads_out_of_the_folder(docs: Path, tmp_path: Path) -> None:
@@ -161,7 +175,8 @@ def test_a_folder_that_is_not_there_is_no_empty_folder(tmp_path: Path) -> None:
         ("a.md", b"# T\n\n    code  here\n\n\n\nend", "T", "# T\n\n    code  here\n\nend"),
         ("a.html", b"<title>A &amp; B</title><script>no</script><p>x<b>y</b></p>z", "A & B", "xy\nz"),
         ("a.htm", b"<html><head><style>p{}</style><body><p>kept<p>too", "a", "kept\n\ntoo"),
-        ("a.html", b"<nav>menu</nav><table><tr><td>a<td>b</table>", "a", "a\nb"),
+        ("a.html", b"<nav>menu</nav><table><tr><td>a<td>b</table>", "a", "a | b"),
+        ("a.html", b"<table><tr>\n<th>up\nto 8</th>\n<td>18</td></tr>\n<tr><td>c<td><p>d</table><p>e", "a", ROWS),
         ("a.pdf", pdf(("One page", "Another (page)"), "Of two"), "Of two", "One page\n\nAnother (page)"),
     ],
 )
@@ -177,9 +192,9 @@ def test_a_document_has_a_title_and_words(name: str, data: bytes, title: str, wo
         ("a.md", b" \n\t\n", "holds no words"),
         ("a.txt", b"ELF\x00\x01\x02", "not text"),
         ("a.html", b"<script>all</script>", "holds no words"),
-        ("a.pdf", b"", "broken"),
-        ("a.pdf", b"%PDF-1.4\nnonsense", "broken"),
-        ("a.pdf", pdf(("words",))[:300], "broken"),
+        ("a.pdf", b"", "cannot be read as PDF"),
+        ("a.pdf", b"%PDF-1.4\nnonsense", "cannot be read as PDF"),
+        ("a.pdf", pdf(("words",))[:300], "cannot be read as PDF"),
         ("a.pdf", pdf(("",)), "a scan, perhaps"),
     ],
 )
@@ -349,6 +364,7 @@ def test_what_is_left_out_is_told_once_and_without_its_words(docs: Path, tmp_pat
     for _ in range(3):
         index.refresh()
     told = {fields["path"]: fields["reason"] for fields in logged.of("documents.left_out")}
+    assert told["broken.pdf"] == "it cannot be read as PDF"
     assert set(told) == {"empty.txt", "binary.txt", "broken.pdf"} and len(logged.of("documents.left_out")) == 3
     (docs / "empty.txt").write_bytes(b"\x00")
     index.refresh()
@@ -701,10 +717,10 @@ def passage(
 
 def test_a_source_says_what_and_where_and_nothing_of_this_machine() -> None:
     """Its id is the path inside the folder; an address only where the folder is published."""
-    source = passages.source_of(passage(words="long  words\n" * 100), None)
+    source = passages.source_of(passage(), "long  words\n" * 100, None)
     assert (source.id, source.title, source.url, source.score) == ("a b/dogs.md#1", "Dogs", None, 2.0)
     assert source.snippet is not None and len(source.snippet) <= passages.SNIPPET_CHARS and "\n" not in source.snippet
-    published = passages.source_of(passage(), "https://docs.example/h/")
+    published = passages.source_of(passage(), "words", "https://docs.example/h/")
     assert published.url == "https://docs.example/h/a%20b/dogs.md"
 
 
@@ -723,11 +739,50 @@ def test_no_passage_can_end_its_own_tags() -> None:
 def test_the_demo_quotes_what_shares_most_with_the_question() -> None:
     """Word for word, under the passage's number, and it says openly that no model is at work."""
     words = "# Dogs\n\nBoats come. Cats sleep. Dogs are welcome on a lead. No dogs on pontoon A.\n\nGulls fly."
-    said = quoting.answer("Where may dogs go?", [passage(words=words), passage(2, "Nothing of it.", 0.1)])
+    said = quoting.answer("Where may a dog go?", [passage(words=words), passage(2, "No dogs either.", 0.1)])
     assert "No language model is at work" in said
     assert "[1] Dogs: “Dogs are welcome on a lead. No dogs on pontoon A. Gulls fly.”" in said
     assert "[2]" not in said
     assert "no passage" in quoting.answer("Where may dogs go?", [])
+    assert "no documents in the folder yet" in quoting.answer("Where may dogs go?", [], has_documents=False)
+
+
+def test_a_passage_that_shares_nothing_is_quoted_only_where_none_does() -> None:
+    """BM25 takes `where` for a word, and vectors find what shares none: then its beginning is quoted."""
+    hounds, lamps = passage(1, "Hounds bark.", 1.0), passage(2, "A lamp. It is high.", 0.9)
+    assert quoting.answer("where are lamps?", [hounds, lamps]).split("\n\n")[1:] == ["[2] Dogs: “A lamp. It is high.”"]
+    assert quoting.answer("dogs", [hounds]).endswith("[1] Dogs: “Hounds bark.”")
+    titled = passage(words="# Dogs\n\nThey are welcome.")
+    assert quoting.answer("dogs", [titled]).endswith("[1] Dogs: “They are welcome.”"), "the title stands there twice"
+
+
+@pytest.mark.parametrize(
+    ("question", "words", "said"),
+    [
+        ("dog", "One. Two. Three. No dogs here.", "No dogs here."),
+        ("open in winter", "Open. It is open. Open too. Winter is cold. So.", "It is open. Open too. Winter is cold."),
+        ("dogs lamps otters", "Dogs. Dogs. Dogs. A. B. C. Lamps. D. E. F. Otters.", "Lamps. D. E. … Otters."),
+        ("15 metres", "A child of 15 years.\n\n# Fees\n\nFor metres you pay.", "For metres you pay."),
+        (
+            "fees in metres",
+            "Fees are due.\n\nA night\n\n8 metres | 18\n\n9 metres | 20",
+            "Fees are due. A night: 8 metres | 18; 9 metres | 20",
+        ),
+        ("metres", "# A night\n\n| up to | to pay |\n|---|--:|\n| 9 metres | 20 |", "A night: | 9 metres | 20 |"),
+        ("rafts", "* Berths:\n* rafts are\n  allowed", "rafts are allowed"),
+        ("hounds and otters", "Hounds bark. A. B. C. D. Otters live here.", "Hounds bark. A. B. … Otters live here."),
+        ("lamp", "The lamp\n\nIt is high.\n\nThe pier\n\nIt is long.", "The lamp: It is high."),
+        ("wifi", "Wifi password herring\n\nPhone 12345", "Wifi password herring"),
+        ("phone", "Wifi password herring\n\nPhone 12345", "Phone 12345"),
+        ("dogs", "Words.", "Words."),
+        ("dogs", "Dogs", "Dogs"),
+        ("dogs", "", ""),
+    ],
+)
+def test_the_best_sentences_share_what_is_rare(question: str, words: str, said: str) -> None:
+    """Stems, as BM25 has them; a number only with its unit; a table's row with its heading; a heading counts half."""
+    (best,) = sentences.best(question, [words])
+    assert best.words == said and best.shares == (words not in ("Words.", ""))
 
 
 async def test_the_demo_speaks_as_the_demo_does() -> None:
@@ -790,9 +845,10 @@ def test_vectors_need_an_embedding(retrieval: str) -> None:
 
 def test_a_wrong_table_or_folder_stops_the_start(tmp_path: Path) -> None:
     """With one line that names the setting."""
-    settings = settings_of(tmp_path / "nowhere", tmp_path)
-    with pytest.raises(SettingsError, match=r"REJOIN_DOCUMENTS: .* is not a folder"):
-        providers.build(settings, model_table(settings).resolve("documents"))
+    (tmp_path / "file.txt").write_text("words")
+    for no_folder in ("nowhere", "file.txt"):
+        with pytest.raises(SettingsError, match=rf"REJOIN_DOCUMENTS: .*{no_folder} is not a folder"):
+            model_table(settings_of(tmp_path / no_folder, tmp_path))
     for wrong in ("unknown", "mine"):
         models = tmp_path / "models.toml"
         models.write_text(f'[mine]\nprovider = "documents"\nupstream_model = "{wrong}"\n')
@@ -821,6 +877,19 @@ async def test_the_example_is_answered_offline(tmp_path: Path) -> None:
         ("Where may dogs go?", "rules.pdf#1", "Dogs are welcome on a lead"),
         ("What does electricity cost?", "fees.html#1", "Electricity costs 4 crowns a night"),
         ("How high is the tower of the lamp?", "history/the-lamp.txt#1", "It is 17 metres high"),
+        ("dog", "rules.pdf#1", "Dogs are welcome on a lead"),
+        (
+            "When is the harbour office open in winter?",
+            "opening-times.md#1",
+            "From October to March it is open on weekd",
+        ),
+        ("When is the harbour office open in winter?", "opening-times.md#1", "It is closed on Sundays in winter"),
+        ("What are the fees for a boat of 15 metres?", "fees.html#1", "over 12, up to 18 metres | 41 crowns"),
+        (
+            "What are the fees for a boat of 15 metres?",
+            "fees.html#1",
+            "A night at a visitor's berth: up to 8 metres | 18",
+        ),
     ):
         events = await ask(settings, prompt(question))
         kinds = [type(event) for event in events]
@@ -829,6 +898,7 @@ async def test_the_example_is_answered_offline(tmp_path: Path) -> None:
         assert set(kinds[count:-1]) == {TextDelta} and kinds[-1] is Completed
         said = "".join(event.text for event in events if isinstance(event, TextDelta))
         assert events[0].id == source and f"[1] {events[0].title}: “" in said and words in said
+        assert events[0].snippet.removesuffix("…") in said
         assert await ask(settings, prompt(question)) == events
 
 
@@ -900,6 +970,28 @@ async def test_a_folder_that_went_is_an_error_with_a_code(docs: Path, tmp_path: 
         _ = [event async for event in one.stream(prompt("dogs"))]
     assert caught.value.code == "documents_unavailable" and str(tmp_path) not in caught.value.message
     await one.aclose()
+    (told,) = logged.of("documents.not_indexed")
+    assert told == {"setting": "REJOIN_DOCUMENTS", "reason": "the folder cannot be read: No such file or directory"}
+
+
+async def test_an_index_that_cannot_be_written_is_named_by_its_setting(
+    docs: Path, tmp_path: Path, logged: Logged
+) -> None:
+    """Not by the place in the code that found it out."""
+    (tmp_path / "index").write_text("a file where the folder is to be")
+    with pytest.raises(UpstreamError):
+        await ask(settings_of(docs, tmp_path / "index"), prompt("dogs"))
+    (told, *_) = logged.of("documents.not_indexed")
+    assert told["setting"] == "REJOIN_DOCUMENTS_INDEX"
+
+
+async def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
+    """And not to lack the words of the question."""
+    (tmp_path / "empty").mkdir()
+    events = await ask(settings_of(tmp_path / "empty", tmp_path / "index"), prompt("dogs"))
+    assert "there are no documents in the folder yet" in "".join(
+        event.text for event in events if isinstance(event, TextDelta)
+    )
 
 
 async def test_without_the_extra_it_says_what_to_install(

@@ -193,7 +193,11 @@ def test_pings_and_last_words() -> None:
 def test_a_source_stands_where_the_words_are_when_it_is_found() -> None:
     """Found before the words, it is at their beginning; found amid them, where they have come to. One that has no
     address is cited as a file."""
-    found = SourceAdded("1", "One", "http://one"), SourceAdded("2", "Two", "http://two"), SourceAdded("3", "No address")
+    found = (
+        SourceAdded("1", "One", "http://one"),
+        SourceAdded("2", "Two", "http://two"),
+        SourceAdded("a b/rules.pdf#12", "No address"),
+    )
     events = said(
         log_of(FIRST, found[0], TextDelta("Water "), found[1], found[2], TextDelta("flows."), Completed("stop"))
     )
@@ -202,7 +206,7 @@ def test_a_source_stands_where_the_words_are_when_it_is_found() -> None:
     assert [(note["annotation_index"], note["annotation"]) for note in notes] == [
         (0, {**url, "url": "http://one", "title": "One", "start_index": 0, "end_index": 0}),
         (1, {**url, "url": "http://two", "title": "Two", "start_index": 6, "end_index": 6}),
-        (2, {"type": "file_citation", "file_id": "3", "filename": "No address", "index": 6}),
+        (2, {"type": "file_citation", "file_id": "a b/rules.pdf#12", "filename": "rules.pdf", "index": 6}),
     ]
     (item,) = events[-1]["response"]["output"]
     assert [note["annotation"] for note in notes] == item["content"][0]["annotations"]

@@ -7,7 +7,9 @@ never silently. Knows nothing of what stands in the files.
 from __future__ import annotations
 
 import os
+import re
 import stat
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,7 @@ MAX_FILES = 10_000
 MAX_FILE_BYTES = 20 * 1024 * 1024
 MAX_FOLDER_BYTES = 500 * 1024 * 1024
 MAX_PATH_CHARS = 500
+_ENDING = re.compile(r"\.[a-z0-9]{1,8}")  # what may be told: anything else may be part of a name
 
 
 class Unreadable(Exception):
@@ -33,10 +36,12 @@ class File:
 
 @dataclass
 class Listing:
-    """What a look into the folder found: the files to read, and why others are left out, by path."""
+    """What a look into the folder found: the files to read, and why others are left out, by path. `not_read`: how many
+    more there are, by the endings of their names, which are none of a document's."""
 
     files: dict[str, File] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    not_read: Counter[str] = field(default_factory=Counter)
 
 
 def look(root: Path) -> Listing:
@@ -45,7 +50,7 @@ def look(root: Path) -> Listing:
     os.listdir(root)  # os.walk would take a folder that cannot be read for an empty one
     found = Listing()
     total = 0
-    for path in sorted(_candidates(root)):
+    for path in sorted(_candidates(root, found.not_read)):
         try:
             file = _seen(root, path)
             if len(found.files) == MAX_FILES:
@@ -79,18 +84,21 @@ def reason_of(error: Exception) -> str:
     return str(error)
 
 
-def _candidates(root: Path) -> list[str]:
-    """The relative paths of what looks like a document. Hidden folders and files are none; links to folders are not
-    followed."""
+def _candidates(root: Path, not_read: Counter[str]) -> list[str]:
+    """The relative paths of what looks like a document; what does not is counted. Hidden folders and files are neither;
+    links to folders are not followed."""
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         at = Path(folder).relative_to(root)
-        paths += [
-            (at / name).as_posix()
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if ending in SUFFIXES:
+                paths.append((at / name).as_posix())
+            else:
+                not_read[ending if _ENDING.fullmatch(ending) else "others"] += 1
     return paths
 
 

@@ -14,6 +14,7 @@ import sqlite3
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -61,6 +62,7 @@ class Index:
         self._stopping = threading.Event()
         self._reader = Reader(root)
         self._told: dict[str, str] = {}  # why which file is left out
+        self._told_not_read: Counter[str] = Counter()
         self.library: Library | None = None
         _be_quiet()
 
@@ -95,7 +97,7 @@ class Index:
                     kept.remove(file.path)
                     left_out[file.path] = folder.reason_of(error)
         left_out |= {path: seen.problem for path, seen in kept.files().items() if seen.problem}
-        self._tell(left_out)
+        self._tell(left_out, found.not_read)
 
     def _put(self, kept: Kept, file: File, before: Seen | None) -> None:
         digest, text, problem = b"", Text("", ""), None
@@ -127,7 +129,11 @@ class Index:
         log.info("documents.indexed", documents=documents, passages=len(chunks))
         return library
 
-    def _tell(self, left_out: dict[str, str]) -> None:
+    def _tell(self, left_out: dict[str, str], not_read: Counter[str]) -> None:
+        if not_read != self._told_not_read:
+            endings = ", ".join(f"{ending} {count}" for ending, count in sorted(not_read.items()))
+            log.info("documents.not_read", files=not_read.total(), endings=endings)
+        self._told_not_read = not_read
         for path, reason in left_out.items():
             if self._told.get(path) != reason:
                 log.warning("documents.left_out", path=path, reason=reason)

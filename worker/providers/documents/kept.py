@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from worker.providers.documents.folder import File
 
-FORMAT = 1  # of what is kept; chunks that are made another way are another format
+FORMAT = 2  # of what is kept; chunks that are made another way are another format
 LOCK_SECONDS = 0.1  # between two looks whether another process has finished
 _TABLES = """
 CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, digest BLOB, title TEXT, problem TEXT);

@@ -25,10 +25,10 @@ class Passage:
     score: float
 
 
-def source_of(passage: Passage, base_url: str | None) -> SourceAdded:
-    """What is told of it: nothing of where the folder is on this machine."""
+def source_of(passage: Passage, best: str, base_url: str | None) -> SourceAdded:
+    """What is told of it, its `best` sentences among that; nothing of where the folder is on this machine."""
     url = f"{base_url.rstrip('/')}/{quote(passage.path)}" if base_url else None
-    words = " ".join(passage.words.split())
+    words = " ".join(best.split())
     snippet = words if len(words) <= SNIPPET_CHARS else words[: SNIPPET_CHARS - 1].rstrip() + "…"
     return SourceAdded(passage.id, passage.title, url, round(passage.score, 4), snippet)
 

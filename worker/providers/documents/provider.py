@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,6 +21,7 @@ from shared.observability import logger, place_of
 from shared.prompt import Prompt
 from worker import providers
 from worker.providers import Provider, Said
+from worker.providers.documents import sentences
 from worker.providers.documents.conversation import asked_alone, condensing, with_passages
 from worker.providers.documents.passages import Passage, source_of
 from worker.providers.documents.quoting import Quoting
@@ -121,8 +123,9 @@ class Documents:
         library = await self._newest()
         question, spent = await self._question(prompt)
         passages = await self._find(library, question)
-        for passage in passages:
-            yield source_of(passage, self._settings.documents_url)
+        best = sentences.best(question, [passage.words for passage in passages])
+        for passage, one in zip(passages, best, strict=True):
+            yield source_of(passage, one.without(passage.title), self._settings.documents_url)
         async with aclosing(self._answer(library, prompt, question, passages)) as events:
             async for event in events:
                 yield replace(event, usage=_sum(event.usage, spent)) if isinstance(event, Completed) else event
@@ -136,7 +139,7 @@ class Documents:
 
         def ask(rules: str, with_question: str) -> AsyncGenerator[Output | Completed, None]:
             if self._voice is None:
-                quoting = Quoting(passages, self._settings.demo_words_per_second)
+                quoting = Quoting(passages, self._settings.demo_words_per_second, library.documents > 0)
                 opened.append(quoting.stream(prompt, question))
             else:
                 full = with_passages(self._for_voice(prompt), rules, with_question)
@@ -230,12 +233,24 @@ class Documents:
             raise
         except Exception as error:
             if not self._closing.is_set():
-                log.warning("documents.not_indexed", error=type(error).__name__, at=place_of(error))
+                log.warning("documents.not_indexed", **self._to_blame(error))
             raise UpstreamError(
                 f"model {self._route.name!r}: its folder or its index cannot be read ({type(error).__name__}); the "
                 "worker's log says where",
                 code="documents_unavailable",
             ) from None
+
+    def _to_blame(self, error: Exception) -> dict[str, str]:
+        """For the log: the setting whose folder cannot be read, or else the place in the code."""
+        assert self._settings.documents is not None
+        try:
+            os.listdir(self._settings.documents)
+        except OSError as reason:
+            return {"setting": "REJOIN_DOCUMENTS", "reason": f"the folder cannot be read: {reason.strerror}"}
+        if isinstance(error, OSError):
+            reason_of = error.strerror or type(error).__name__
+            return {"setting": "REJOIN_DOCUMENTS_INDEX", "reason": f"the index cannot be read or written: {reason_of}"}
+        return {"error": type(error).__name__, "at": place_of(error)}
 
     def _open(self) -> Index:
         from worker.providers.documents.embedding import Embedding  # LlamaIndex: a second, and a hundred MB

@@ -39,7 +39,7 @@ _BLOCKS = frozenset(
     re.findall(
         r"\w+",
         "address article aside blockquote br dd details div dl dt figcaption footer form h1 h2 h3 h4 h5 h6 header hr "
-        "li main ol option p pre section summary table td th tr ul",
+        "li main ol option p pre section summary table tr ul",
     )
 )
 
@@ -122,8 +122,8 @@ def text_of(path: str, data: bytes) -> Text:
         title, words = READERS[name.suffix.lower()](data)
     except (Unreadable, MemoryError):
         raise
-    except Exception as error:  # a parser's, for which any file may be the reason
-        raise Unreadable(f"it is broken ({type(error).__name__})") from None
+    except Exception:  # a parser's, for which any file may be the reason
+        raise Unreadable(f"it cannot be read as {KINDS.get(name.suffix.lower(), 'text')}") from None
     words = _tidy(words)
     if not words:
         raise Unreadable("it holds no words")
@@ -172,6 +172,7 @@ READERS_AT_HOME: dict[str, Callable[[bytes], tuple[str, str]]] = {
     ".md": _markdown,
     ".markdown": _markdown,
 }
+KINDS = {".html": "HTML", ".htm": "HTML", ".pdf": "PDF"}
 READERS = {**READERS_AT_HOME, ".html": _html, ".htm": _html, ".pdf": _pdf}
 
 
@@ -184,6 +185,7 @@ class _Page(HTMLParser):
         self.words: list[str] = []
         self._untold: list[str] = []  # the elements we are in whose text is not shown
         self._in_title = False
+        self._in_row = False  # of a table: its cells stand in one line
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
         if tag == "title":
@@ -192,7 +194,11 @@ class _Page(HTMLParser):
             self._untold.clear()  # `</head>` may be left out
         elif tag in _UNTOLD:
             self._untold.append(tag)
+        elif tag in ("td", "th"):
+            is_on_a_new_line = "".join(self.words[-3:]).rstrip(" ").endswith("\n")
+            self.words.append("" if is_on_a_new_line else " | " if self._in_row else "\n")
         elif tag in _BLOCKS:
+            self._in_row = tag == "tr" or (self._in_row and tag != "table")
             self.words.append("\n\n" if tag in ("p", "h1", "h2", "h3", "section", "article", "table") else "\n")
 
     def handle_endtag(self, tag: str) -> None:
@@ -201,13 +207,14 @@ class _Page(HTMLParser):
         elif tag in self._untold:
             del self._untold[self._untold.index(tag) :]
         elif tag in _BLOCKS:
+            self._in_row = self._in_row and tag not in ("tr", "table")
             self.words.append("\n")
 
     def handle_data(self, data: str) -> None:
         if self._in_title:
             self.title.append(data)
         elif not self._untold:
-            self.words.append(data)
+            self.words.append(data.replace("\n", " ") if self._in_row else data)
 
 
 def _decoded(data: bytes) -> str:

@@ -39,7 +39,7 @@ from shared.cluster import servers_of
 from shared.config import Settings, load, model_table
 from shared.event_log import EventLog
 from shared.jobs import Jobs
-from shared.observability import cut_query_strings, logger, place_of
+from shared.observability import causes_of, cut_query_strings, logger, place_of
 from shared.reaper import reap_forever
 from shared.redis import TROUBLE, connect, queue_url, when_reachable
 
@@ -200,8 +200,7 @@ def _end_process_if_broken(running: asyncio.Future[tuple[None, None, None]]) -> 
     """An api without its tail would look healthy and be deaf: better that its supervisor starts another."""
     error = None if running.cancelled() else running.exception()
     if error is not None and not isinstance(error, asyncio.CancelledError):  # what a gather makes of our own cancel
-        errors = getattr(error, "exceptions", (error,))
-        log.error("api.broke", error=[type(one).__name__ for one in errors], at=[place_of(one) for one in errors])
+        log.error("api.broke", **causes_of(error))
         os.kill(os.getpid(), signal.SIGTERM)
 
 

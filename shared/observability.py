@@ -66,6 +66,14 @@ def place_of(error: BaseException) -> str:
     return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
 
 
+def causes_of(error: BaseException) -> dict[str, list[str]]:
+    """The names and the places of what went wrong, whatever groups it came in: fields of a log line."""
+    errors = [error]
+    while any(isinstance(one, BaseExceptionGroup) for one in errors):
+        errors = [inner for one in errors for inner in getattr(one, "exceptions", (one,))]
+    return {"error": [type(one).__name__ for one in errors], "at": [place_of(one) for one in errors]}
+
+
 def cut_query_strings() -> None:
     """Keep query strings out of uvicorn's logs, whoever configured them, and headers and frames of a WebSocket too:
     `uvicorn.error` tells a socket's query string, and at `debug` keys, prompts and answers."""

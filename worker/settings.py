@@ -20,7 +20,7 @@ from shared.cluster import servers_of
 from shared.config import Settings, load, model_table
 from shared.event_log import EventLog, Hint
 from shared.jobs import FUNCTION, Jobs, deserialize, serialize
-from shared.observability import logger, place_of
+from shared.observability import causes_of, logger
 from shared.reaper import reap_forever
 from shared.redis import TROUBLE, Client, Keys, connect, queue_url, when_reachable
 from worker.generate import Generator
@@ -85,8 +85,7 @@ def _end_process_if_broken(owner: asyncio.Task[None]) -> None:
     """A worker without its writer must not go on, nor drain: its leases end, and the supervisor starts another."""
     error = None if owner.cancelled() else owner.exception()
     if error is not None:
-        errors = getattr(error, "exceptions", (error,))
-        log.error("worker.broke", error=[type(one).__name__ for one in errors], at=[place_of(one) for one in errors])
+        log.error("worker.broke", **causes_of(error))
         os._exit(1)
 
 

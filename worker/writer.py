@@ -231,6 +231,8 @@ class Writer:
                 if time.monotonic() - began < GATHER_SECONDS:
                     await asyncio.sleep(GATHER_SECONDS)
                 batch, began = _next_batch(lane), time.monotonic()
+                if not batch:  # who had something to say was closed meanwhile
+                    break
                 try:
                     await self._commit(batch, lane.line)
                     patience = 0.05

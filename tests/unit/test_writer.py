@@ -136,6 +136,24 @@ async def test_a_busy_writer_appends_once_a_millisecond(redis: Client, settings:
     assert all(later - before >= GATHER_SECONDS for before, later in pairwise(log.began))
 
 
+async def test_an_attempt_that_is_closed_while_the_writer_gathers(
+    log: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to append then, and the writer goes on with the others."""
+    monkeypatch.setattr(writer_module, "GATHER_SECONDS", 0.05)
+    closed, other = await claimed(log), await claimed(log)
+    async with running(log) as writer:
+        with writer.open(other, time.monotonic()) as attempt:
+            for _ in range(3):
+                attempt.put(delta("a "))
+                await asyncio.wait_for(attempt.settled(), 5)
+                with writer.open(closed, time.monotonic()) as lost:
+                    lost.put(delta("b "))
+                    await asyncio.sleep(0.01)  # the writer has begun to gather,
+                await asyncio.sleep(0.1)  # and has ended
+    assert await text_of(log, other) == "a a a "
+
+
 async def test_an_append_is_bounded(log: Watched) -> None:
     """At most 256 events of a generation go in one append; the rest follows in order."""
     claim = await claimed(log)

@@ -205,10 +205,11 @@ async def truth_of(
 
     async def look() -> Truth | None:
         try:
-            entries = await redis.xrange(keys.log(generation_id))
+            found = await redis.xread({keys.log(generation_id): "0-0"})  # XRANGE may have been made to give entries
             status = await redis.hget(keys.order(generation_id), "status")  # type: ignore[misc]
         except (RedisError, OSError):
             return None
+        entries = found[0][1] if found else []
         log = [(entry_id.decode(), fields[b"data"]) for entry_id, fields in entries]
         return Truth(prompt, tokens, log, (status or b"").decode(), lost_a_tail)
 

@@ -46,6 +46,7 @@ from shared.redis import TROUBLE, connect, queue_url, when_reachable
 # With the subscription at most 8 connections to Redis, however many readers there are.
 LOG_CONNECTIONS = 4
 QUEUE_CONNECTIONS = 2
+STILL_ASKED_FOR = ("type", "method", "headers")  # of a request's scope, by a server while it sends
 DEPTH_SECONDS = 1.0  # how long the metrics wait for the depth of the queue
 log = logger("api")
 
@@ -81,9 +82,9 @@ class Application(FastAPI):
             raise
         if not relaying:
             return None
-        scope.clear()  # of what the routing left there, its exit stacks above all; a table that has grown never shrinks
-        scope.update(given)
-        given.get("headers", []).clear()  # a browser sends two kilobytes of them, and nobody asks any more
+        scope.clear()  # of the request and of what the routing left there, its exit stacks above all
+        scope.update({name: given[name] for name in STILL_ASKED_FOR})
+        given["headers"].clear()  # a browser sends two kilobytes of them, and the server's connection holds them too
         return relaying[0]
 
 

@@ -51,7 +51,7 @@ e2e: $(VENV)/.dev ## Run the browser and command-line tests alone
 chaos: $(VENV)/.dev ## Run the fault suite: about 25 minutes; ARGS="--quick" for a short form
 	$(BIN)/python -m tests.chaos $(ARGS)
 
-bench: $(VENV)/.dev ## Measure beside the peers: 10 to 20 minutes; QUICK=1 for a short form
+bench: $(VENV)/.dev ## Measure beside the peers: about 10 minutes; QUICK=1: one and a half
 	$(BIN)/python -m bench $(if $(QUICK),--quick) $(ARGS)
 
 cover: $(VENV)/.dev ## Run the tests with branch coverage
